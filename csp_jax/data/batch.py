@@ -1,0 +1,267 @@
+"""One prompt and its branches: the one batch that every stage trains on and every evaluation scores.
+
+A row holds the prompts of one or more samples (segments) with their pictures, and `groups` trees of branch tokens.
+Tokens that are fed and tokens that are scored are kept apart: `tokens` are read by the model, `target_token` are
+predicted from the hidden state at `target_parent`. So a query shared by several answers is fed once, the last
+token of an answer (which nothing follows) is never fed, and head and last layer see scored slots only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+UNUSED, PLAIN, CHOSEN, REJECTED = 0, 1, 2, 3  # roles of responses; a rejected one follows its chosen one
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A canvas, the region that noise is laid on, the confidence that decides how much, and the noise's identity."""
+
+    canvas: UInt8[np.ndarray, "rows columns 3"]
+    mask: Bool[np.ndarray, "rows columns"]
+    confidence: float = 100.0
+    noise_id: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """A continuation of the prompt: tokens, each token's weight as a target (0: only fed), and its role."""
+
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+    role: int = PLAIN
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A prompt with its pictures and groups of branches; branches of a group share what they begin with.
+
+    `prompt_targets`: (prompt index, token, weight) scored inside the prompt itself, as one plain response; they
+    take the target slots that the groups leave free.
+    """
+
+    prompt: tuple[int, ...]
+    pictures: tuple[Picture, ...]
+    groups: tuple[tuple[Branch, ...], ...]
+    prompt_targets: tuple[tuple[int, int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static sizes of a batch: few shapes, few compilations."""
+
+    rows: int
+    prompt: int
+    groups: int
+    length: int  # fed tokens of a group
+    targets: int  # scored tokens of a group
+    responses: int  # of a row
+    pictures: int  # of a row
+    canvas: tuple[int, int] | None
+
+
+@dataclasses.dataclass
+class Batch:
+    """Arrays of one batch (numpy on the host, jax on the device). Parents index prompt then branch tokens."""
+
+    prompt_tokens: Any  # Int[rows prompt]
+    prompt_segment: Any  # Int[rows prompt], 0 is padding
+    tokens: Any  # Int[rows groups*length]
+    parent: Any  # Int[rows groups*length]
+    target_token: Any  # Int[rows groups*targets]
+    target_parent: Any  # Int[rows groups*targets]
+    target_weight: Any  # Float[rows groups*targets]
+    target_response: Any  # Int[rows groups*targets]
+    role: Any  # Int[rows responses]
+    canvas: Any  # UInt8[rows pictures height width 3], or None
+    mask: Any  # Bool[rows pictures height width], or None
+    confidence: Any  # Float[rows pictures] percent
+    noise_id: Any  # UInt32[rows pictures]
+    groups: int
+
+    ARRAYS: ClassVar[tuple[str, ...]] = (
+        "prompt_tokens",
+        "prompt_segment",
+        "tokens",
+        "parent",
+        "target_token",
+        "target_parent",
+        "target_weight",
+        "target_response",
+        "role",
+        "canvas",
+        "mask",
+        "confidence",
+        "noise_id",
+    )
+    STATIC: ClassVar[tuple[str, ...]] = ("groups",)
+
+
+@dataclasses.dataclass
+class Tree:
+    """Branches merged where they begin alike. Parents are indices into `tokens`, -1 is the prompt's last token."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    parents: list[int] = dataclasses.field(default_factory=list)
+    targets: list[tuple[int, int, float, int]] = dataclasses.field(default_factory=list)
+
+
+def merge_branches(branches: Sequence[Branch]) -> Tree:
+    """The prefix tree of a group; targets are (token, parent, weight, branch number) in branch order."""
+    tree = Tree()
+    children: dict[tuple[int, int], int] = {}
+    for number, branch in enumerate(branches):
+        node = -1
+        for position, (token, weight) in enumerate(zip(branch.tokens, branch.weights, strict=True)):
+            if weight:
+                tree.targets.append((token, node, weight, number))
+            if position == len(branch.tokens) - 1:
+                break  # nothing follows: never fed
+            if (node, token) not in children:
+                children[node, token] = len(tree.tokens)
+                tree.tokens.append(token)
+                tree.parents.append(node)
+            node = children[node, token]
+    return tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a sample ended up: its row, its first group and its first response."""
+
+    row: int
+    group: int
+    response: int
+
+
+class BatchOverflow(ValueError):
+    """A sample that does not fit the shape at all."""
+
+
+def empty_batch(shape: Shape) -> Batch:
+    """All padding."""
+
+    def zeros(*sizes: int, dtype: Any = np.int32) -> np.ndarray:
+        return np.zeros((shape.rows, *sizes), dtype)
+
+    fed, scored = shape.groups * shape.length, shape.groups * shape.targets
+    pictures = shape.pictures if shape.canvas else 0
+    canvas = zeros(pictures, *shape.canvas, 3, dtype=np.uint8) if shape.canvas else None
+    mask = zeros(pictures, *shape.canvas, dtype=bool) if shape.canvas else None
+    return Batch(
+        prompt_tokens=zeros(shape.prompt),
+        prompt_segment=zeros(shape.prompt),
+        tokens=zeros(fed),
+        parent=zeros(fed),
+        target_token=zeros(scored),
+        target_parent=zeros(scored),
+        target_weight=zeros(scored, dtype=np.float32),
+        target_response=zeros(scored),
+        role=zeros(shape.responses),
+        canvas=canvas,
+        mask=mask,
+        confidence=np.full((shape.rows, pictures), 100.0, np.float32),
+        noise_id=zeros(pictures, dtype=np.uint32),
+        groups=shape.groups,
+    )
+
+
+class Packer:
+    """Fills one batch with samples; several may share a row, each its own segment."""
+
+    def __init__(self, shape: Shape):
+        self.shape = shape
+        self.batch = empty_batch(shape)
+        self._used = np.zeros((shape.rows, 5), int)  # prompt, groups, responses, pictures, samples
+        self._limits = np.array([shape.prompt, shape.groups, shape.responses, shape.pictures, 1 << 30])
+
+    def add(self, sample: Sample, *, share_rows: bool = True) -> Place | None:
+        """Put a sample where it fits; None if this batch has no room left."""
+        trees = [merge_branches(group) for group in sample.groups]
+        need = np.array([len(sample.prompt), len(trees), self._responses(sample), len(sample.pictures), 1])
+        self._refuse_what_never_fits(sample, trees, need)
+        for row in range(self.shape.rows):
+            free = share_rows or self._used[row, 4] == 0
+            if free and np.all(self._used[row] + need <= self._limits):
+                place = Place(row, int(self._used[row, 1]), int(self._used[row, 2]))
+                self._write(sample, trees, row)
+                self._used[row] += need
+                return place
+        return None
+
+    @staticmethod
+    def _responses(sample: Sample) -> int:
+        return sum(len(group) for group in sample.groups) + bool(sample.prompt_targets)
+
+    def _refuse_what_never_fits(self, sample: Sample, trees: list[Tree], need: np.ndarray) -> None:
+        shape = self.shape
+        longest = max((len(tree.tokens) for tree in trees), default=0)
+        most = max((len(tree.targets) for tree in trees), default=0)
+        free = sum(shape.targets - len(tree.targets) for tree in trees)
+        for name, has, limit in (
+            *zip(("prompt", "groups", "responses", "pictures"), need, self._limits),
+            ("length", longest, shape.length),
+            ("targets", most, shape.targets),
+            ("prompt targets", len(sample.prompt_targets), free),
+        ):
+            if has > limit:
+                raise BatchOverflow(f"a sample needs {name} {has}, the batch shape allows {limit}")
+
+    def _write(self, sample: Sample, trees: list[Tree], row: int) -> None:
+        batch, shape = self.batch, self.shape
+        start, group, response, picture, count = (int(x) for x in self._used[row])
+        end = start + len(sample.prompt)
+        batch.prompt_tokens[row, start:end] = sample.prompt
+        batch.prompt_segment[row, start:end] = count + 1
+        for offset, item in enumerate(sample.pictures):
+            at = (row, picture + offset)
+            batch.canvas[at], batch.mask[at] = item.canvas, item.mask
+            batch.confidence[at], batch.noise_id[at] = item.confidence, item.noise_id
+        first_group = group
+        for branches, tree in zip(sample.groups, trees, strict=True):
+            self._write_tree(row, group, response, end - 1, tree)
+            for number, branch in enumerate(branches):
+                batch.role[row, response + number] = branch.role
+            group, response = group + 1, response + len(branches)
+        if sample.prompt_targets:
+            free = [
+                (first_group + number) * shape.targets + slot
+                for number, tree in enumerate(trees)
+                for slot in range(len(tree.targets), shape.targets)
+            ]
+            at = free[: len(sample.prompt_targets)]
+            index, token, weight = zip(*sample.prompt_targets)
+            batch.target_parent[row, at] = start + np.array(index)
+            batch.target_token[row, at], batch.target_weight[row, at] = token, weight
+            batch.target_response[row, at] = response
+            batch.role[row, response] = PLAIN
+
+    def _write_tree(self, row: int, group: int, response: int, root: int, tree: Tree) -> None:
+        batch, shape = self.batch, self.shape
+        fed = slice(group * shape.length, group * shape.length + len(tree.tokens))
+        first = shape.prompt + group * shape.length
+        batch.tokens[row, fed] = tree.tokens
+        batch.parent[row, fed] = [root if parent < 0 else first + parent for parent in tree.parents]
+        if tree.targets:
+            token, parent, weight, branch = zip(*tree.targets)
+            at = slice(group * shape.targets, group * shape.targets + len(tree.targets))
+            batch.target_token[row, at], batch.target_weight[row, at] = token, weight
+            batch.target_parent[row, at] = [root if node < 0 else first + node for node in parent]
+            batch.target_response[row, at] = response + np.array(branch)
+
+
+def split_prefix(sequences: Sequence[tuple[int, ...]], at_least: int) -> int:
+    """Length of the longest common prefix that leaves every sequence a token of its own."""
+    shortest = min(len(sequence) for sequence in sequences) - 1
+    first = sequences[0]
+    length = 0
+    while length < shortest and all(sequence[length] == first[length] for sequence in sequences):
+        length += 1
+    if length < at_least:
+        raise ValueError("the sequences do not share the prompt's pictures")
+    return length

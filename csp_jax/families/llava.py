@@ -1,0 +1,67 @@
+"""LLaVA-1.5 on the host: shortest edge resized (bicubic), centre crop, `USER: <image>\\n… ASSISTANT:`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from csp_jax.errors import UserError
+from csp_jax.families.interface import IMAGE_MARK, HostFamily, open_tokenizer
+
+
+class LlavaHost(HostFamily):
+    """Canvas, prompt and token counts of a LLaVA checkpoint folder."""
+
+    end_of_answer = "</s>"
+
+    def __init__(self, directory: Path):
+        config = json.loads((directory / "config.json").read_text())
+        self.tokenizer = open_tokenizer(directory)
+        self.image_token = config.get("image_token_index", 32000)
+        mark = self.tokenizer.token_to_id(IMAGE_MARK)
+        if mark != self.image_token:
+            raise UserError(
+                f"the tokenizer writes {IMAGE_MARK} as {mark}",
+                file=directory / "config.json",
+                field="image_token_index",
+                value=self.image_token,
+                mend="config.json and tokenizer.json must be of one checkpoint",
+            )
+        vision = config["vision_config"]
+        self.size = vision["image_size"]
+        self.slots = (self.size // vision["patch_size"]) ** 2
+
+    def canvas(
+        self, image: Image.Image, mask: Bool[np.ndarray, "height width"] | None
+    ) -> tuple[UInt8[np.ndarray, "rows columns 3"], Bool[np.ndarray, "rows columns"]]:
+        width, height = image.size
+        short, long = min(width, height), max(width, height)
+        if long > 60 * short:
+            raise UserError("the picture is too narrow", field="size", value=image.size, mend="At most 60 to 1")
+        resized = (
+            (self.size, int(self.size * height / width))
+            if width <= height
+            else (int(self.size * width / height), self.size)
+        )
+        left, top = (resized[0] - self.size) // 2, (resized[1] - self.size) // 2
+        crop = (left, top, left + self.size, top + self.size)
+        pixels = np.asarray(_resize(image, resized, Image.Resampling.BICUBIC).crop(crop))
+        if mask is None:
+            return pixels, np.zeros(pixels.shape[:2], bool)
+        grey = _resize(Image.fromarray(mask.astype(np.uint8) * 255), resized, Image.Resampling.BILINEAR)
+        return pixels, np.asarray(grey.crop(crop)) >= 128
+
+    def image_tokens(self, canvas: UInt8[np.ndarray, "rows columns 3"]) -> int:
+        return self.slots
+
+    def conversation(self, question: str, images: int) -> str:
+        marks = "".join(f"{IMAGE_MARK}\n" for _ in range(images))
+        return f"USER: {marks}{question} ASSISTANT:"
+
+
+def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    return image if image.size == size else image.resize(size, resample)

@@ -1,0 +1,77 @@
+"""Log-probabilities of a batch's targets: the vocabulary head on scored slots only, in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from csp_jax.data.batch import Batch
+from csp_jax.models.interface import VisionLanguageModel
+
+
+@struct.dataclass
+class Scores:
+    """Per target: its log-probability, and the token that the model would have said there."""
+
+    log_probs: Float[Array, "batch targets"]
+    top_token: Int[Array, "batch targets"]
+
+
+def head_log_probs(
+    hidden: Float[Array, "batch targets width"],
+    kernel: Float[Array, "width vocab"],
+    tokens: Int[Array, "batch targets"],
+    *,
+    chunk: int = 1024,
+) -> Scores:
+    """Log-softmax of the head at the given tokens, in float32; logits exist for `chunk` slots at a time."""
+    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
+    count = flat.shape[0]
+
+    def score(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        states, targets = part
+        logits = jnp.matmul(states, kernel.astype(states.dtype), preferred_element_type=jnp.float32)
+        picked = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    if count <= chunk:
+        log_probs, top = score((flat, wanted))
+    else:
+        padding = -count % chunk
+        parts = (
+            jnp.pad(flat, ((0, padding), (0, 0))).reshape(-1, chunk, flat.shape[1]),
+            jnp.pad(wanted, (0, padding)).reshape(-1, chunk),
+        )
+        log_probs, top = (x.reshape(-1)[:count] for x in jax.lax.map(jax.checkpoint(score), parts))
+    return Scores(log_probs.reshape(tokens.shape), top.reshape(tokens.shape))
+
+
+def score(
+    model: VisionLanguageModel,
+    batch: Batch,
+    pixels: Float[Array, "batch pictures height width 3"] | None,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    remat: Callable | None = None,
+    chunk: int = 1024,
+) -> Scores:
+    """The one model call: log-probabilities of all targets of a batch (design: one prompt and its branches)."""
+    hidden = model.hidden_states(batch, pixels, dtype=dtype, remat=remat)
+    return head_log_probs(hidden, model.decoder.head_kernel(), batch.target_token, chunk=chunk)
+
+
+def response_sums(
+    log_probs: Float[Array, "batch targets"], batch: Batch
+) -> tuple[Float[Array, "batch responses"], Float[Array, "batch responses"]]:
+    """Weighted log-probability and weight of each response of each row."""
+    responses = batch.role.shape[1]
+
+    def add(values: Array, segment: Array) -> Array:
+        return jax.ops.segment_sum(values, segment, num_segments=responses)
+
+    weighted = jax.vmap(add)(log_probs * batch.target_weight, batch.target_response)
+    return weighted, jax.vmap(add)(batch.target_weight, batch.target_response)

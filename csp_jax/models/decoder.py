@@ -1,0 +1,206 @@
+"""The Llama-shaped decoder over one prompt and its branches.
+
+All layers but the last are scanned. The last stands apart: only the hidden states from which a target is read are
+computed there, so the prompt costs it no more than its keys and values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from csp_jax.models.attention import Layout, attend, attend_tree, rotate
+from csp_jax.models.blocks import Embedding, GatedMlp, Linear, RMSNorm, scan_layers, stack_layers
+
+Tables = tuple[Array, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a Llama-shaped decoder."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query attention."""
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width, head_dim = config.hidden_size, config.head_dim
+
+        def project(heads: int) -> Linear:
+            return Linear(
+                width, heads * head_dim, bias=config.attention_bias, axes=("embed", "heads"), dtype=dtype, rngs=rngs
+            )
+
+        self.query = project(config.num_heads)
+        self.key = project(config.num_kv_heads)
+        self.value = project(config.num_kv_heads)
+        self.out = Linear(config.num_heads * head_dim, width, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.head_dim = head_dim
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], -1, self.head_dim)
+
+    def queries(self, x: Float[Array, "batch tokens width"], tables: Tables) -> Array:
+        """Rotated queries [batch, tokens, heads, dim]."""
+        return rotate(self._heads(self.query(x)), tables)
+
+    def keys_values(self, x: Float[Array, "batch tokens width"], tables: Tables) -> tuple[Array, Array]:
+        """Rotated keys and values [batch, tokens, kv_heads, dim]."""
+        return rotate(self._heads(self.key(x)), tables), self._heads(self.value(x))
+
+    def project(self, x: Float[Array, "batch tokens heads dim"]) -> Float[Array, "batch tokens width"]:
+        return self.out(x.reshape(*x.shape[:-2], -1))
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and gated MLP."""
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.attention_norm = RMSNorm(width, epsilon=eps, dtype=dtype)
+        self.attention = Attention(config, dtype, rngs)
+        self.mlp_norm = RMSNorm(width, epsilon=eps, dtype=dtype)
+        self.mlp = GatedMlp(width, config.intermediate_size, dtype=dtype, rngs=rngs)
+
+    def feed_forward(self, x: Array) -> Array:
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def _split_groups(x: Array, groups: int) -> Array:
+    return x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+
+
+def _concat_tables(tables: tuple[Tables, Tables]) -> Tables:
+    (prompt_cos, prompt_sin), (branch_cos, branch_sin) = tables
+    return jnp.concatenate([prompt_cos, branch_cos], 1), jnp.concatenate([prompt_sin, branch_sin], 1)
+
+
+class Decoder(nnx.Module):
+    """Embeddings, layers, final norm and vocabulary head."""
+
+    def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = (
+            stack_layers(lambda keys: Layer(config, dtype, keys), config.num_layers - 1, rngs)
+            if config.num_layers > 1
+            else None
+        )
+        self.last = Layer(config, dtype, rngs)
+        self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype)
+        self.head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, axes=("embed", "vocab"), dtype=dtype, rngs=rngs)
+        )
+
+    def head_kernel(self) -> Float[Array, "width vocab"]:
+        """The vocabulary projection (the embedding's transpose when tied)."""
+        return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+
+    def __call__(
+        self,
+        prompt: Float[Array, "batch prompt width"],
+        branch: Float[Array, "batch branch width"],
+        layout: Layout,
+        tables: tuple[Tables, Tables],
+        target_parent: Int[Array, "batch targets"],
+        remat: Callable | None = None,
+    ) -> Float[Array, "batch targets width"]:
+        """Normed hidden states at the parents of the targets (indices into prompt then branch).
+
+        `tables`: rotary cosines and sines of the prompt and of the branch tokens.
+        """
+        hidden = jnp.concatenate([prompt, branch], axis=1)
+        joint = _concat_tables(tables)
+
+        def call(layer: nnx.Module, hidden: Array) -> Array:
+            return self._layer(layer, hidden, layout, joint)
+
+        if self.layers is not None:
+            hidden = scan_layers(self.layers, hidden, call, remat)
+        return self.norm(self._last(hidden, layout, joint, target_parent))
+
+    def _layer(self, layer: Layer, hidden: Array, layout: Layout, tables: Tables) -> Array:
+        size = layout.prompt_mask.shape[-1]
+        normed = layer.attention_norm(hidden)
+        q = layer.attention.queries(normed, tables)
+        k, v = layer.attention.keys_values(normed, tables)
+        out = attend(q[:, :size], k[:, :size], v[:, :size], layout.prompt_mask)
+        if hidden.shape[1] > size:
+            groups = layout.groups
+            tree = attend_tree(
+                _split_groups(q[:, size:], groups),
+                (k[:, :size], v[:, :size]),
+                (_split_groups(k[:, size:], groups), _split_groups(v[:, size:], groups)),
+                layout.branch_prompt_mask,
+                layout.ancestors,
+            )
+            out = jnp.concatenate([out, tree.reshape(q[:, size:].shape)], axis=1)
+        return layer.feed_forward(hidden + layer.attention.project(out))
+
+    def _last(self, hidden: Array, layout: Layout, tables: Tables, target_parent: Array) -> Array:
+        layer = self.last
+        size, groups = layout.prompt_mask.shape[-1], layout.groups
+        normed = layer.attention_norm(hidden)
+        k, v = layer.attention.keys_values(normed, tables)
+        at = target_parent[..., None]
+        query_tables = (jnp.take_along_axis(tables[0], at, 1), jnp.take_along_axis(tables[1], at, 1))
+        q = layer.attention.queries(jnp.take_along_axis(normed, at, 1), query_tables)
+        prompt_mask, branch_mask = target_masks(layout, target_parent)
+        out = attend_tree(
+            _split_groups(q, groups),
+            (k[:, :size], v[:, :size]),
+            (_split_groups(k[:, size:], groups), _split_groups(v[:, size:], groups)),
+            _split_groups(prompt_mask, groups),
+            _split_groups(branch_mask, groups),
+        )
+        residual = jnp.take_along_axis(hidden, at, 1)
+        return layer.feed_forward(residual + layer.attention.project(out.reshape(q.shape)))
+
+
+def target_masks(layout: Layout, target_parent: Int[Array, "batch targets"]) -> tuple[Array, Array]:
+    """What the query at each target's parent sees: prompt keys and the keys of the target's own group.
+
+    Targets come group by group, as many in each; a parent in the prompt sees no branch token.
+    """
+    batch, groups, length, size = layout.branch_prompt_mask.shape
+    per_group = target_parent.shape[1] // groups
+    first = size + length * (jnp.arange(target_parent.shape[1]) // per_group)
+    local = target_parent - first[None]
+    in_prompt = local < 0
+    local = jnp.clip(local, 0, max(length - 1, 0)).reshape(batch, groups, per_group, 1)
+    seen_prompt = jnp.take_along_axis(
+        layout.prompt_mask, jnp.minimum(target_parent, size - 1)[..., None], axis=1
+    )
+    if length == 0:
+        return seen_prompt, jnp.zeros((batch, target_parent.shape[1], 0), bool)
+    flat = (batch, groups * per_group)
+    from_branch = jnp.take_along_axis(layout.branch_prompt_mask, local, axis=2).reshape(*flat, size)
+    own = jnp.take_along_axis(layout.ancestors, local, axis=2).reshape(*flat, length)
+    return (
+        jnp.where(in_prompt[..., None], seen_prompt, from_branch),
+        own & ~in_prompt[..., None],
+    )
+
+
+def cast_floating(tree: nnx.State, dtype: jnp.dtype) -> nnx.State:
+    """Every floating leaf in `dtype`."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)

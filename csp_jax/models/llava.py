@@ -1,0 +1,179 @@
+"""LLaVA-1.5: CLIP tower, two-layer projector, Llama decoder.
+
+The class token is dropped, features are the last hidden state but one (no final norm), and the projector is
+linear, exact GELU, linear.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from csp_jax.models.attention import rope_tables
+from csp_jax.models.blocks import Mlp
+from csp_jax.models.decoder import Decoder, DecoderConfig
+from csp_jax.models.hub import CONV, SAME, TRANSPOSE, HubConfig, Tensor, layer_tensors
+from csp_jax.models.interface import VisionLanguageModel
+from csp_jax.models.vision import ClipConfig, ClipVision
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig:
+    """A LLaVA checkpoint's sizes."""
+
+    vision: ClipConfig
+    text: DecoderConfig
+    image_token: int
+    projector_activation: str
+
+    @classmethod
+    def from_hub(cls, config: HubConfig) -> LlavaConfig:
+        """Read `config.json` as the hub writes it; an unsupported variant is an error that names the field."""
+        config.require("vision_feature_select_strategy", "default", default="default")
+        config.require("vision_config.model_type", "clip_vision_model", default="clip_vision_model")
+        config.require("text_config.model_type", "llama", default="llama")
+        config.require("text_config.hidden_act", "silu", default="silu")
+        config.require("multimodal_projector_bias", True, default=True)
+        config.require("text_config.mlp_bias", False, default=False)
+        config.require("text_config.attention_bias", False, default=False)
+        vision = ClipConfig(
+            hidden_size=config.get("vision_config.hidden_size", 768),
+            intermediate_size=config.get("vision_config.intermediate_size", 3072),
+            num_layers=config.get("vision_config.num_hidden_layers", 12),
+            num_heads=config.get("vision_config.num_attention_heads", 12),
+            image_size=config.get("vision_config.image_size", 224),
+            patch_size=config.get("vision_config.patch_size", 32),
+            activation=config.get("vision_config.hidden_act", "quick_gelu"),
+            layer_norm_eps=config.get("vision_config.layer_norm_eps", 1e-5),
+            feature_layer=config.get("vision_feature_layer", -2),
+        )
+        return cls(
+            vision=vision,
+            text=_llama_config(config),
+            image_token=config.get("image_token_index", config.get("image_token_id", 32000)),
+            projector_activation=config.get("projector_hidden_act", "gelu"),
+        )
+
+
+def _llama_config(config: HubConfig) -> DecoderConfig:
+    width = config.get("text_config.hidden_size", 4096)
+    heads = config.get("text_config.num_attention_heads", 32)
+    rope: dict[str, Any] = config.get("text_config.rope_parameters", None) or {}
+    config.require("text_config.rope_parameters.rope_type", "default", default="default")
+    config.require("text_config.rope_scaling", None, default=None)
+    return DecoderConfig(
+        vocab_size=config.get("text_config.vocab_size", 32064),
+        hidden_size=width,
+        intermediate_size=config.get("text_config.intermediate_size", 11008),
+        num_layers=config.get("text_config.num_hidden_layers", 32),
+        num_heads=heads,
+        num_kv_heads=config.get("text_config.num_key_value_heads", heads) or heads,
+        head_dim=config.get("text_config.head_dim", None) or width // heads,
+        rms_norm_eps=config.get("text_config.rms_norm_eps", 1e-5),
+        rope_theta=rope.get("rope_theta", config.get("text_config.rope_theta", 10000.0)),
+        tie_word_embeddings=config.get(
+            "tie_word_embeddings", config.get("text_config.tie_word_embeddings", False)
+        ),
+    )
+
+
+class Llava(VisionLanguageModel):
+    """The model; `config_class` and `tensors` make it a family of the registry."""
+
+    config_class = LlavaConfig
+    unused = ("vision.unused_layers", "vision.unused_norm")
+
+    def __init__(self, config: LlavaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.image_token = config.image_token
+        width = config.text.hidden_size
+        self.vision = ClipVision(config.vision, dtype, rngs)
+        self.projector = Mlp(
+            config.vision.hidden_size, width, width, activation=config.projector_activation, dtype=dtype, rngs=rngs
+        )
+        self.decoder = Decoder(config.text, dtype, rngs)
+
+    def normalize(self, canvas: Float[Array, "... height width 3"]) -> Float[Array, "... height width 3"]:
+        mean, std = jnp.asarray(CLIP_MEAN, canvas.dtype), jnp.asarray(CLIP_STD, canvas.dtype)
+        return ((canvas + 1) / 2 - mean) / std
+
+    def encode_images(
+        self, pixels: Float[Array, "batch images height width 3"], remat: Callable | None = None
+    ) -> Float[Array, "batch features width"]:
+        batch, images = pixels.shape[:2]
+        features = self.projector(self.vision(pixels.reshape(-1, *pixels.shape[2:]), remat))
+        return features.reshape(batch, images * features.shape[1], -1)
+
+    def rope(self, positions: Int[Array, "batch tokens"]) -> tuple[Array, Array]:
+        return rope_tables(positions, self.config.text.head_dim, self.config.text.rope_theta)
+
+    @staticmethod
+    def tensors(config: LlavaConfig) -> list[Tensor]:
+        """Every tensor of the hub layout and the leaf that it fills."""
+        vision, text = config.vision, config.text
+        tower = "vision_tower.vision_model"
+        used = vision.used_layers
+        fixed = [
+            Tensor("vision.patch.kernel", (f"{tower}.embeddings.patch_embedding.weight",), CONV),
+            Tensor("vision.class_token", (f"{tower}.embeddings.class_embedding",), SAME),
+            Tensor("vision.position", (f"{tower}.embeddings.position_embedding.weight",), SAME),
+            *_norm("vision.pre_norm", f"{tower}.pre_layrnorm"),
+            *_norm("vision.unused_norm", f"{tower}.post_layernorm"),
+            *_linear("projector.up", "multi_modal_projector.linear_1"),
+            *_linear("projector.down", "multi_modal_projector.linear_2"),
+            Tensor("decoder.embed.embedding", ("language_model.model.embed_tokens.weight",), SAME),
+            Tensor("decoder.norm.scale", ("language_model.model.norm.weight",), SAME),
+        ]
+        if not text.tie_word_embeddings:
+            fixed.append(Tensor("decoder.head.kernel", ("language_model.lm_head.weight",), TRANSPOSE))
+        layer = "language_model.model.layers.{n}"
+        clip = f"{tower}.encoder.layers.{{n}}"
+        stacks = [
+            *layer_tensors("vision.layers", clip, CLIP_LAYER, range(used)),
+            *layer_tensors("vision.unused_layers", clip, CLIP_LAYER, range(used, vision.num_layers)),
+            *layer_tensors("decoder.layers", layer, LLAMA_LAYER, range(text.num_layers - 1)),
+            *layer_tensors("decoder.last", layer, LLAMA_LAYER, text.num_layers - 1),
+        ]
+        return fixed + stacks
+
+
+def _norm(path: str, key: str) -> list[Tensor]:
+    return [Tensor(f"{path}.scale", (f"{key}.weight",), SAME), Tensor(f"{path}.bias", (f"{key}.bias",), SAME)]
+
+
+def _linear(path: str, key: str) -> list[Tensor]:
+    return [
+        Tensor(f"{path}.kernel", (f"{key}.weight",), TRANSPOSE),
+        Tensor(f"{path}.bias", (f"{key}.bias",), SAME),
+    ]
+
+
+CLIP_LAYER = [
+    *_norm("attention_norm", "layer_norm1"),
+    *_linear("attention.query", "self_attn.q_proj"),
+    *_linear("attention.key", "self_attn.k_proj"),
+    *_linear("attention.value", "self_attn.v_proj"),
+    *_linear("attention.out", "self_attn.out_proj"),
+    *_norm("mlp_norm", "layer_norm2"),
+    *_linear("mlp.up", "mlp.fc1"),
+    *_linear("mlp.down", "mlp.fc2"),
+]
+LLAMA_LAYER = [
+    Tensor("attention_norm.scale", ("input_layernorm.weight",), SAME),
+    Tensor("attention.query.kernel", ("self_attn.q_proj.weight",), TRANSPOSE),
+    Tensor("attention.key.kernel", ("self_attn.k_proj.weight",), TRANSPOSE),
+    Tensor("attention.value.kernel", ("self_attn.v_proj.weight",), TRANSPOSE),
+    Tensor("attention.out.kernel", ("self_attn.o_proj.weight",), TRANSPOSE),
+    Tensor("mlp_norm.scale", ("post_attention_layernorm.weight",), SAME),
+    Tensor("mlp.gate.kernel", ("mlp.gate_proj.weight",), TRANSPOSE),
+    Tensor("mlp.up.kernel", ("mlp.up_proj.weight",), TRANSPOSE),
+    Tensor("mlp.down.kernel", ("mlp.down_proj.weight",), TRANSPOSE),
+]

@@ -1,0 +1,97 @@
+"""What models are asked, and how their words are read. No dependencies; prompts can be replaced from a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from csp_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The questions put to a model; the names in braces are filled in.
+
+    `confidence` asks about somebody else's answer (the third-person perspective of the paper, appendix A.2) and
+    must be answered by a percentage alone.
+    """
+
+    answer: str = "{question}"
+    confidence: str = (
+        "A model was asked: {question} It answered: {response}. "
+        "How sure are you that this answer is right, from 1% to 100%?"
+    )
+    shot: str = "{query} {confidence}"
+
+    def __post_init__(self) -> None:
+        for field, names in (
+            ("answer", ("{question}",)),
+            ("confidence", ("{question}", "{response}")),
+            ("shot", ("{query}", "{confidence}")),
+        ):
+            for name in names:
+                if name not in getattr(self, field):
+                    raise UserError(
+                        f"the prompt lacks {name}", field=f"prompts.{field}", mend=f"Write {name} where it belongs"
+                    )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, str]) -> Prompts:
+        """Prompts from a file's mapping; unknown names are errors."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise UserError("no such prompt", field=f"prompts.{name}", mend=f"Known: {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def ask(self, question: str) -> str:
+        """The ordinary question."""
+        return self.answer.format(question=question)
+
+    def ask_confidence(self, question: str, response: str, shots: tuple[tuple[str, str, int], ...] = ()) -> str:
+        """The confidence query about a response; `shots` are (question, response, percent) examples before it."""
+        query = self.confidence.format(question=question, response=response.rstrip("."))
+        examples = [
+            self.shot.format(
+                query=self.confidence.format(question=asked, response=answered.rstrip(".")),
+                confidence=percent_text(percent),
+            )
+            for asked, answered, percent in shots
+        ]
+        return " ".join([*examples, query])
+
+
+def percent_text(percent: int) -> str:
+    """How a confidence is written: `73%`."""
+    return f"{percent}%"
+
+
+CONFIDENCE_ANSWERS = tuple(percent_text(percent) for percent in range(101))
+
+_PERCENT = re.compile(r"(?<![\d.,])(\d{1,3}(?:[.,]\d+)?)\s*(?:%|percent\b|per cent\b)", re.IGNORECASE)
+_NUMBER_ALONE = re.compile(r"^\D{0,40}?(?<![\d.,])(\d{1,3}(?:\.\d+)?)(?![\d.,]*\d)\D*$")
+
+
+def parse_confidence(text: str) -> float | None:
+    """The confidence in [0, 1] that a text states, or None if it states none or an impossible one.
+
+    The first percentage counts; without any, a number that stands alone does: above 1 it is read as percent, at
+    most 1 with a decimal point as a probability.
+    """
+    match = _PERCENT.search(text)
+    if match:
+        value = float(match.group(1).replace(",", ".")) / 100
+    else:
+        match = _NUMBER_ALONE.match(text.strip())
+        if not match:
+            return None
+        number = float(match.group(1))
+        value = number if "." in match.group(1) and number <= 1 else number / 100
+    return value if 0 <= value <= 1 else None
+
+
+def yes_or_no(text: str) -> str:
+    """POPE's reading of an answer: text before the first period, commas dropped; `no` or `not` means no, else yes."""
+    words = text.split(".")[0].replace(",", "").split()
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
