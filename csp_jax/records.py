@@ -1,52 +1,35 @@
 """The shard contract: what a record holds, how it lies on disk, and the one writer of data sets.
 
-A data set is a directory that tensorflow-datasets (`builder_from_directory(...).as_data_source(split)`) and plain
-Grain (`ArrayRecordDataSource` + `decode`) both read: `dataset_info.json`, `features.json`, ArrayRecord shards
-`NAME-SPLIT.array_record-00000-of-0000N`, and beside them `manifest.json` with counts, checksums and metadata.
-One record is one `tf.train.Example`. Its nested lists lie as parallel flat columns (`RECORD_COLUMNS`,
-`REGION_COLUMNS`, `ITEM_COLUMNS`); a list inside an item adds a column `<name>_count`. No jax, torch or tensorflow.
+A data set is a directory that tensorflow-datasets (`builder_from_directory(directory).as_data_source(split)`)
+and plain Grain (`ArrayRecordDataSource` + `decode`) both read: `dataset_info.json`, `features.json`, shards
+`NAME-SPLIT.array_record-00000-of-0000N`, and beside them `manifest.json` with counts, checksums and
+metadata. One record is one `tf.train.Example`. Its nested lists lie as parallel columns (`RECORD_COLUMNS`,
+`REGION_COLUMNS`, `ITEM_COLUMNS`); a list inside an item adds a column `<name>_count`. Nothing here needs jax,
+torch or tensorflow.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import functools
 import json
-import os
-import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from csp_jax.errors import UserError
 from csp_jax.manifest import (
-    DATASET_INFO,
-    FEATURES,
     MANIFEST,
     Manifest,
-    Shard,
-    Split,
     check_complete,
     check_version,
-    dataset_info_text,
-    incomplete_directory,
     load_manifest,
-    locked,
-    manifest_text,
-    open_shard,
-    sha256_of,
-    shard_name,
-    sync,
-    write_synced,
+    published_splits,
 )
+from csp_jax.split_writer import SplitWriter
 
 SCHEMA_VERSION = "1.0.0"
 
@@ -116,7 +99,7 @@ class Column:
 
 
 RECORD_COLUMNS = {
-    "id": Column("text", "unique in the data set"),
+    "id": Column("text", "unique in the data set (whoever writes it sees to that)"),
     "dataset": Column("text", "where the record comes from"),
     "image_id": Column("text", "splits and bootstraps go by image"),
     "images": Column("bytes", "encoded PNG/JPEG files"),
@@ -129,7 +112,7 @@ REGION_COLUMNS = {
     "image": Column("int64", "index into images"),
 }
 ITEM_COLUMNS = {
-    "id": Column("text", "unique in the data set"),
+    "id": Column("text", "unique in the data set (whoever writes it sees to that)"),
     "question": Column("text", "the question as asked"),
     "response": Column("text", "the response whose confidence is asked"),
     "keyword": Column("text", "the key object's name, empty: none"),
@@ -144,16 +127,18 @@ ITEM_COLUMNS = {
     "confidence": Column("float32", "label of a materialized set in percent, -1: none"),
     "perturbed_image": Column("bytes", "encoded noised image of a materialized set, empty: none"),
 }
-_ITEM_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Item)}
+_DEFAULTED: dict[type, set[str]] = {
+    of: {f.name for f in dataclasses.fields(of) if f.default is not dataclasses.MISSING}
+    for of in (Region, Item)
+}
 _LIST = {"text": "bytes_list", "bytes": "bytes_list", "int64": "int64_list", "float32": "float_list"}
 
 
 def encode_mask(mask: np.ndarray) -> np.ndarray:
     """Run lengths uint32[runs] of a bool[height, width] mask, row-major; the first run counts zeros."""
     if mask.ndim != 2 or mask.dtype != np.bool_:
-        raise UserError(
-            "a mask is a two-dimensional bool array", field="mask", value=(mask.dtype, mask.shape)
-        )
+        problem = f"a mask is a bool array of two dimensions, not {mask.dtype}{mask.shape}"
+        raise UserError(problem, field="mask")
     flat = mask.ravel()
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     start = [0, 0] if flat.size and flat[0] else [0]
@@ -176,34 +161,27 @@ def _example_class() -> Any:
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     kinds = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(
-        name="csp_jax/example.proto", package="csp_jax", syntax="proto3"
-    )
+    package = "csp_jax"
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package=package, syntax="proto3")
 
-    def add(
-        parent: Any, name: str, number: int, kind: int, type_name: str | None = None, repeated: bool = False
-    ) -> Any:
-        label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
-        return parent.field.add(name=name, number=number, type=kind, label=label, type_name=type_name)
+    def add(parent: Any, name: str, number: int, kind: int, of: str | None = None, many: bool = False) -> Any:
+        label = kinds.LABEL_REPEATED if many else kinds.LABEL_OPTIONAL
+        return parent.field.add(name=name, number=number, type=kind, label=label, type_name=of)
 
-    lists = (
-        ("BytesList", kinds.TYPE_BYTES),
-        ("FloatList", kinds.TYPE_FLOAT),
-        ("Int64List", kinds.TYPE_INT64),
-    )
+    lists = {"Bytes": kinds.TYPE_BYTES, "Float": kinds.TYPE_FLOAT, "Int64": kinds.TYPE_INT64}
     feature = descriptor_pb2.DescriptorProto(name="Feature")
     feature.oneof_decl.add(name="kind")
-    for number, (name, kind) in enumerate(lists, start=1):
-        add(file.message_type.add(name=name), "value", 1, kind, repeated=True)
-        field_name = f"{name.removesuffix('List').lower()}_list"
-        add(feature, field_name, number, kinds.TYPE_MESSAGE, f".csp_jax.{name}").oneof_index = 0
+    for number, (name, kind) in enumerate(lists.items(), start=1):
+        add(file.message_type.add(name=f"{name}List"), "value", 1, kind, many=True)
+        of = f".{package}.{name}List"
+        add(feature, f"{name.lower()}_list", number, kinds.TYPE_MESSAGE, of).oneof_index = 0
     file.message_type.append(feature)
     features = file.message_type.add(name="Features")
     entry = features.nested_type.add(name="FeatureEntry")
     entry.options.map_entry = True
     add(entry, "key", 1, kinds.TYPE_STRING)
     add(entry, "value", 2, kinds.TYPE_MESSAGE, ".csp_jax.Feature")
-    add(features, "feature", 1, kinds.TYPE_MESSAGE, ".csp_jax.Features.FeatureEntry", repeated=True)
+    add(features, "feature", 1, kinds.TYPE_MESSAGE, ".csp_jax.Features.FeatureEntry", many=True)
     add(file.message_type.add(name="Example"), "features", 1, kinds.TYPE_MESSAGE, ".csp_jax.Features")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
@@ -213,13 +191,15 @@ def _example_class() -> Any:
 def _check(record: Record) -> None:
     """UserError naming the field that breaks the contract."""
 
-    def refuse(problem: str, name: str, value: object) -> None:
+    def refuse(problem: str, name: str, value: object) -> NoReturn:
         raise UserError(f"record {record.id!r}: {problem}", field=name, value=value)
 
     for region in record.regions:
         x0, y0, x1, y1 = region.box
         if not (x0 <= x1 and y0 <= y1):
             refuse("a box is x0, y0, x1, y1 with x0 <= x1 and y0 <= y1", "regions.box", region.box)
+        if not 0 <= region.score <= 1:
+            refuse("a score lies in [0, 1]", "regions.score", region.score)
         if not 0 <= region.image < len(record.images):
             refuse(f"there are {len(record.images)} images", "regions.image", region.image)
         if region.mask.ndim != 1 or region.mask.dtype != np.uint32:
@@ -227,6 +207,8 @@ def _check(record: Record) -> None:
     for item in record.items:
         if item.right not in (-1, 0, 1):
             refuse("right is 1, 0 or -1", "items.right", item.right)
+        if not (item.confidence == -1 or 0 <= item.confidence <= 100):
+            refuse("a confidence is 0 to 100 percent, or -1", "items.confidence", item.confidence)
         if any(not 0 <= index < len(record.regions) for index in item.regions):
             refuse(f"there are {len(record.regions)} regions", "items.regions", item.regions)
 
@@ -238,11 +220,13 @@ def encode(record: Record) -> bytes:
     features = example.features.feature
 
     def put(name: str, kind: str, values: Sequence[Any]) -> None:
-        if kind == "text":
-            values = [text.encode() for text in values]
         target = getattr(features[name], _LIST[kind])
         target.SetInParent()  # an empty list still says its kind: readers tell it from a missing column
-        target.value.extend(values)
+        try:
+            target.value.extend([text.encode() for text in values] if kind == "text" else values)
+        except (TypeError, AttributeError, ValueError) as error:
+            problem = f"record {record.id!r}: this is not {kind} ({error})"
+            raise UserError(problem, field=name.replace("/", ".")) from error
 
     for name in ("id", "dataset", "image_id"):
         put(name, "text", [getattr(record, name)])
@@ -263,6 +247,53 @@ def encode(record: Record) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
+def decode(data: bytes) -> Record:
+    """The record of `encode`'s bytes; a column that an older minor version lacks gets its field's default.
+
+    UserError when the bytes are no such record.
+    """
+    from google.protobuf.message import DecodeError
+
+    try:
+        features = _example_class().FromString(data).features.feature
+        name, dataset, image_id = (_column(features, n, "text")[0] for n in ("id", "dataset", "image_id"))
+        images = tuple(_column(features, "images", "bytes"))
+        regions = _objects(features, "regions", Region, REGION_COLUMNS)
+        return Record(
+            name, dataset, image_id, images, regions, _objects(features, "items", Item, ITEM_COLUMNS)
+        )
+    except (DecodeError, ValueError, IndexError) as error:
+        problem = f"these {len(data)} bytes are not a record ({error})"
+        raise UserError(problem, mend="Write the data set again") from error
+
+
+def _column(features: Any, name: str, kind: str) -> list[Any]:
+    values = getattr(features[name], _LIST[kind]).value
+    return [value.decode() for value in values] if kind == "text" else list(values)
+
+
+def _objects(features: Any, group: str, of: Any, table: dict[str, Column]) -> tuple[Any, ...]:
+    """The regions or items of a record: its parallel columns, turned into rows."""
+    columns: dict[str, Sequence[Any]] = {}
+    count = None
+    for name, column in table.items():
+        values: Sequence[Any] = _column(features, f"{group}/{name}", column.kind)
+        if column.ragged:
+            values = _chunks(values, features[f"{group}/{name}_count"].int64_list.value)
+        elif column.width > 1:
+            values = list(zip(*(values[i :: column.width] for i in range(column.width)), strict=True))
+        elif name == "mask":
+            values = [np.frombuffer(runs, dtype="<u4") for runs in values]
+        count = len(values) if count is None else count
+        if len(values) == count:
+            columns[name] = values
+        elif values or name not in _DEFAULTED[of]:
+            raise ValueError(f"{len(values)} values in {group}/{name}, {count} in the first column")
+    if len(columns) == len(table):
+        return tuple(map(of, *columns.values()))
+    return tuple(of(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True))
+
+
 def _chunks(values: Sequence[Any], counts: Sequence[int]) -> list[tuple[Any, ...]]:
     chunks, start = [], 0
     for count in counts:
@@ -271,49 +302,6 @@ def _chunks(values: Sequence[Any], counts: Sequence[int]) -> list[tuple[Any, ...
     if start != len(values):
         raise ValueError(f"{len(values)} values for counts that add up to {start}")
     return chunks
-
-
-def decode(data: bytes) -> Record:
-    """The record of `encode`'s bytes; a column that an older minor version lacked gets its default.
-
-    UserError when the bytes are no such record.
-    """
-    from google.protobuf.message import DecodeError
-
-    try:
-        return _decode(_example_class().FromString(data).features.feature)
-    except (DecodeError, ValueError, IndexError) as error:
-        raise UserError(
-            f"these {len(data)} bytes are not a record: {error}", mend="Write the data set again."
-        ) from error
-
-
-def _decode(features: Any) -> Record:
-    def get(name: str, kind: str) -> list[Any]:
-        values = getattr(features[name], _LIST[kind]).value
-        return [value.decode() for value in values] if kind == "text" else list(values)
-
-    keyword, box, mask, score, image = (get(f"regions/{n}", c.kind) for n, c in REGION_COLUMNS.items())
-    boxes = list(zip(*(box[edge::4] for edge in range(4)), strict=True))
-    runs = [np.frombuffer(data, dtype="<u4") for data in mask]
-    regions = tuple(map(Region, *_same_length([keyword, boxes, runs, score, image])))
-    columns: list[list[Any]] = []
-    for name, column in ITEM_COLUMNS.items():
-        values = get(f"items/{name}", column.kind)
-        if column.ragged:
-            values = _chunks(values, features[f"items/{name}_count"].int64_list.value)
-        if columns and columns[0] and not values:
-            values = [_ITEM_DEFAULTS[name]] * len(columns[0])
-        columns.append(values)
-    items = tuple(map(Item, *_same_length(columns)))
-    name, dataset, image_id = (get(n, "text")[0] for n in ("id", "dataset", "image_id"))
-    return Record(name, dataset, image_id, tuple(get("images", "bytes")), regions, items)
-
-
-def _same_length(columns: list[list[Any]]) -> list[list[Any]]:
-    if any(len(column) != len(columns[0]) for column in columns):
-        raise ValueError("columns of different lengths")
-    return columns
 
 
 def features_text() -> str:
@@ -350,7 +338,7 @@ def features_text() -> str:
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """What a finished data set holds: splits, counts, checksums, schema version, metadata.
+    """What a data set holds: its finished splits, counts, checksums, schema version, metadata.
 
     UserError when the directory is no data set, its write was interrupted, or its major version isn't ours.
     """
@@ -358,7 +346,9 @@ def read_manifest(directory: str | Path) -> Manifest:
     check_complete(directory)
     manifest = load_manifest(directory / MANIFEST)
     check_version(manifest, SCHEMA_VERSION)
-    return manifest
+    published = published_splits(directory)
+    splits = {name: split for name, split in manifest.splits.items() if name in published}
+    return dataclasses.replace(manifest, splits=splits)
 
 
 class ShardWriter(SplitWriter):

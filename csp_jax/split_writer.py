@@ -45,8 +45,8 @@ from csp_jax.manifest import (
 class SplitWriter(abc.ABC):
     """Writes shards to `.incomplete-SPLIT/`, each durable and checksummed when full; `finish` publishes them.
 
-    An interrupted write is cleaned up by the next one, or continued by it: `resume=True` keeps the shards that
-    were completed (`completed`, `completed_bytes()`); the caller goes on with what follows them.
+    An interrupted write is cleaned up by the next one, or continued by it: `resume=True` keeps the shards
+    that were completed (`completed`, `completed_bytes()`); the caller goes on with what follows them.
     `metadata` (anything JSON can hold) is kept in the manifest and may be filled until the end.
     UserError: the split exists already (with `overwrite=True` it is replaced once the new one is whole), the
     directory holds another data set or schema version, another process writes the split, the disk is full.

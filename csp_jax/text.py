@@ -1,4 +1,4 @@
-"""What models are asked, and how their words are read. No dependencies; prompts can be replaced from a file."""
+"""What models are asked, and how their words are read. Prompts can be replaced from a file."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from csp_jax.errors import UserError
 class Prompts:
     """The questions put to a model; the names in braces are filled in.
 
-    `confidence` asks about somebody else's answer (the third-person perspective of the paper, appendix A.2) and
-    must be answered by a percentage alone.
+    `confidence` asks about somebody else's answer (the third-person perspective of the paper, appendix A.2)
+    and must be answered by a percentage alone.
     """
 
     answer: str = "{question}"
     confidence: str = (
         "A model was asked: {question} It answered: {response}. "
-        "How sure are you that this answer is right, from 1% to 100%?"
+        "How sure are you that this is right, from 1% to 100%?"
     )
     shot: str = "{query} {confidence}"
 
@@ -33,7 +33,9 @@ class Prompts:
             for name in names:
                 if name not in getattr(self, field):
                     raise UserError(
-                        f"the prompt lacks {name}", field=f"prompts.{field}", mend=f"Write {name} where it belongs"
+                        f"the prompt lacks {name}",
+                        field=f"prompts.{field}",
+                        mend=f"Write {name} where it belongs",
                     )
 
     @classmethod
@@ -42,15 +44,19 @@ class Prompts:
         known = {field.name for field in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise UserError("no such prompt", field=f"prompts.{name}", mend=f"Known: {', '.join(sorted(known))}")
+                raise UserError(
+                    "no such prompt", field=f"prompts.{name}", mend=f"Known: {', '.join(sorted(known))}"
+                )
         return cls(**values)
 
     def ask(self, question: str) -> str:
         """The ordinary question."""
         return self.answer.format(question=question)
 
-    def ask_confidence(self, question: str, response: str, shots: tuple[tuple[str, str, int], ...] = ()) -> str:
-        """The confidence query about a response; `shots` are (question, response, percent) examples before it."""
+    def ask_confidence(
+        self, question: str, response: str, shots: tuple[tuple[str, str, int], ...] = ()
+    ) -> str:
+        """The confidence query about a response, after `shots`: (question, response, percent) examples."""
         query = self.confidence.format(question=question, response=response.rstrip("."))
         examples = [
             self.shot.format(
@@ -76,8 +82,8 @@ _NUMBER_ALONE = re.compile(r"^\D{0,40}?(?<![\d.,])(\d{1,3}(?:\.\d+)?)(?![\d.,]*\
 def parse_confidence(text: str) -> float | None:
     """The confidence in [0, 1] that a text states, or None if it states none or an impossible one.
 
-    The first percentage counts; without any, a number that stands alone does: above 1 it is read as percent, at
-    most 1 with a decimal point as a probability.
+    The first percentage counts; without any, a number that stands alone does: above 1 it is read as percent,
+    at most 1 with a decimal point as a probability.
     """
     match = _PERCENT.search(text)
     if match:
@@ -92,6 +98,6 @@ def parse_confidence(text: str) -> float | None:
 
 
 def yes_or_no(text: str) -> str:
-    """POPE's reading of an answer: text before the first period, commas dropped; `no` or `not` means no, else yes."""
+    """POPE's reading: text before the first period, commas dropped; `no` or `not` means no, else yes."""
     words = text.split(".")[0].replace(",", "").split()
     return "no" if {"No", "not", "no"} & set(words) else "yes"

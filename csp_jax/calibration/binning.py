@@ -1,19 +1,22 @@
 """Which confidence falls into which equal-width bin: the conventions by name, exact at the edges.
 
-Two kinds of confidences are understood everywhere in this package: integer arrays are whole percents (0 to 100)
-and are binned in integer arithmetic; floating arrays are probabilities in [0, 1] and are compared with edges in
-their own dtype. `right_closed` and `left_closed` use edges k/K rounded once, so that 0.3 written in float32 or
-float64 is equal to the edge 3/10 of that dtype; the edges of `np.linspace` miss .3, .6 and .7.
+Two kinds of confidences are understood everywhere in this package: integer arrays are whole percents (0 to
+100) and are binned in integer arithmetic; floating arrays are probabilities in [0, 1] and are compared with
+edges in their own dtype. `right_closed` and `left_closed` use edges k/K rounded once, so that 0.3 written
+in float32 or float64 is equal to the edge 3/10 of that dtype; the edges of `np.linspace` miss .3, .6 and
+.7.
 """
 
 from __future__ import annotations
 
+from fractions import Fraction
 from types import ModuleType
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Shaped
 
 Binning = Literal["right_closed", "left_closed", "torchmetrics", "netcal"]
@@ -25,14 +28,14 @@ def _namespace(array: object) -> ModuleType:
     return jnp if isinstance(array, jax.Array) else np
 
 
-def is_percent(confidence: Shaped[jax.Array | np.ndarray, "..."]) -> bool:
+def is_percent(confidence: Shaped[jax.Array | np.ndarray, ...]) -> bool:
     """True if the dtype says that these are whole percents. Raises TypeError for booleans."""
     if confidence.dtype == bool:
         raise TypeError("confidences are booleans; give whole percents or probabilities in [0, 1]")
     return bool(jnp.issubdtype(confidence.dtype, jnp.integer))
 
 
-def probabilities(confidence: Shaped[jax.Array | np.ndarray, "..."]) -> Float[jax.Array, "..."]:
+def probabilities(confidence: Shaped[jax.Array | np.ndarray, ...]) -> Float[jax.Array, ...]:
     """Confidences as float32 probabilities in [0, 1]; percent i becomes the float32 nearest to i/100."""
     if is_percent(confidence):
         # A table, because a compiler may turn x / 100 into x * 0.01, which is not always the nearest float.
@@ -40,7 +43,7 @@ def probabilities(confidence: Shaped[jax.Array | np.ndarray, "..."]) -> Float[ja
     return jnp.asarray(confidence, jnp.float32)
 
 
-def percents(confidence: Shaped[jax.Array | np.ndarray, "..."]) -> Float[jax.Array, "..."]:
+def percents(confidence: Shaped[jax.Array | np.ndarray, ...]) -> Float[jax.Array, ...]:
     """Confidences as float32 percents in [0, 100]; whole percents stay whole, so their sums are exact."""
     if is_percent(confidence):
         return jnp.asarray(confidence, jnp.float32)
@@ -49,7 +52,7 @@ def percents(confidence: Shaped[jax.Array | np.ndarray, "..."]) -> Float[jax.Arr
     return 100 * jnp.asarray(confidence, jnp.float32)
 
 
-def bin_edges(bins: int, binning: Binning = "right_closed", dtype: object = np.float64) -> np.ndarray:
+def bin_edges(bins: int, binning: Binning = "right_closed", dtype: DTypeLike = np.float64) -> np.ndarray:
     """The `bins + 1` edges in `dtype`.
 
     `torchmetrics`: torch.linspace (from both ends); `netcal`: np.linspace; else k/K rounded once.
@@ -58,10 +61,10 @@ def bin_edges(bins: int, binning: Binning = "right_closed", dtype: object = np.f
     if binning == "netcal":
         return np.linspace(0.0, 1.0, bins + 1).astype(dtype)
     if binning == "torchmetrics":
-        kind = np.dtype(dtype).type
-        step = kind(1) / kind(bins)
-        rising, falling = steps.astype(dtype) * step, kind(1) - (bins - steps).astype(dtype) * step
-        return np.where(steps < (bins + 1) // 2, rising, falling).astype(dtype)
+        # torch.linspace counts from both ends and multiplies and adds in one rounding; Fractions do the same.
+        step = Fraction(float(np.dtype(dtype).type(1) / np.dtype(dtype).type(bins)))
+        edges = [step * int(k) if k < (bins + 1) // 2 else 1 - step * int(bins - k) for k in steps]
+        return np.array([float(edge) for edge in edges]).astype(dtype)
     return (steps / bins).astype(dtype)
 
 

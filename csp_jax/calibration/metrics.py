@@ -1,9 +1,9 @@
 """Calibration metrics as mergeable sums on the device: ECE, MCE, reliability curve, Brier and its split, NLL.
 
-Sums add up (`+`, `psum`) over batches, devices and hosts in any order; scores are read from the sums once at the
-end. Every example has a weight: 0 is padding (whatever stands in it), 1 an example, a whole number a count.
-Outcomes are 1 (right, or: the class is present) and 0. All arithmetic is float32; sums of counts and of whole
-percents are exact up to 2**24. Scores of nothing (no weight at all) are nan.
+Sums add up (`+`, `psum`) over batches, devices and hosts in any order; scores are read from the sums once
+at the end. Every example has a weight: 0 is padding (whatever stands in it), 1 an example, a whole number a
+count. Outcomes are 1 (right, or: the class is present) and 0. All arithmetic is float32; sums of counts and
+of whole percents are exact up to 2**24. Scores of nothing (no weight at all) are nan.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Array = jax.Array | np.ndarray
 Sums = TypeVar("Sums", bound="BinSums | ScoreSums")
 
 
-def _ratio(numerator: jax.Array, denominator: jax.Array, empty: float = float("nan")) -> jax.Array:
+def ratio(numerator: jax.Array, denominator: jax.Array, empty: float = float("nan")) -> jax.Array:
     """Quotient; `empty` where the denominator is 0."""
     return jnp.where(denominator != 0, numerator / jnp.where(denominator != 0, denominator, 1), empty)
 
@@ -48,7 +48,10 @@ def _add(first: Sums, second: Sums) -> Sums:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BinSums:
-    """Per bin: weight, weighted confidence **in percent** (so that whole percents add up exactly), weighted outcome."""
+    """Per bin: weight, weighted confidence **in percent**, weighted outcome.
+
+    Percents, because sums of whole ones are exact.
+    """
 
     weight: Float[jax.Array, " bins"]
     confidence: Float[jax.Array, " bins"]
@@ -82,7 +85,7 @@ class BinSums:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ScoreSums:
-    """Weighted sums over examples: weight, outcome, probability, squared error, negative log-likelihood in nats."""
+    """Weighted sums over examples: 1, outcome, probability, squared error, negative log-likelihood (nats)."""
 
     weight: Float[jax.Array, ""]
     correct: Float[jax.Array, ""]
@@ -121,7 +124,7 @@ def bin_sums(
     bins: int = 10,
     binning: Binning = "right_closed",
 ) -> BinSums:
-    """Sums per equal-width bin; integer `confidence` = whole percents, floating = probabilities (see binning.py)."""
+    """Sums per equal-width bin; integer `confidence` = whole percents, floating = probabilities."""
     index = bin_index(confidence, bins, binning)
     return sums_at(
         index, percents(confidence), correct, weights(weight, confidence), bin_count(bins, binning)
@@ -159,24 +162,27 @@ def _gap(sums: BinSums) -> Float[jax.Array, " bins"]:
 
 
 def ece(sums: BinSums) -> Float[jax.Array, ""]:
-    """Expected calibration error: sum over bins of weight/total times |accuracy - mean confidence| (Guo 2017, eq. 3)."""
-    return _ratio(_gap(sums).sum(), sums.weight.sum())
+    """Expected calibration error (Guo et al. 2017, eq. 3), in [0, 1].
+
+    The sum over bins of the share of the weight times |accuracy - mean confidence|.
+    """
+    return ratio(_gap(sums).sum(), sums.weight.sum())
 
 
 def mce(sums: BinSums) -> Float[jax.Array, ""]:
     """Maximum calibration error over the bins that are not empty (Guo et al. 2017, eq. 5)."""
-    largest = _ratio(_gap(sums), sums.weight, 0.0).max()
+    largest = ratio(_gap(sums), sums.weight, 0.0).max()
     return jnp.where(sums.weight.sum() > 0, largest, jnp.nan)
 
 
 def average_calibration_error(sums: BinSums) -> Float[jax.Array, ""]:
     """The plain mean of the gaps of the bins that are not empty (netcal's ACE)."""
-    return _ratio(_ratio(_gap(sums), sums.weight, 0.0).sum(), (sums.weight > 0).sum())
+    return ratio(ratio(_gap(sums), sums.weight, 0.0).sum(), (sums.weight > 0).sum())
 
 
 def root_mean_squared_ce(sums: BinSums) -> Float[jax.Array, ""]:
     """Root of the weighted mean squared gap (torchmetrics' norm l2)."""
-    return jnp.sqrt(_ratio((_ratio(_gap(sums), sums.weight, 0.0) ** 2 * sums.weight).sum(), sums.weight.sum()))
+    return jnp.sqrt(ratio((ratio(_gap(sums), sums.weight, 0.0) ** 2 * sums.weight).sum(), sums.weight.sum()))
 
 
 def debiased_ece(sums: BinSums) -> Float[jax.Array, ""]:
@@ -185,24 +191,24 @@ def debiased_ece(sums: BinSums) -> Float[jax.Array, ""]:
     2 ECE - E[ECE'], where each bin's accuracy is redrawn from N(accuracy, accuracy (1 - accuracy) / count)
     (Kumar, Liang & Ma 2019, section 5, whose resampling is replaced by the mean of the folded normal).
     """
-    accuracy = _ratio(sums.correct, sums.weight, 0.0)
-    gap = _ratio(_gap(sums), sums.weight, 0.0)
-    deviation = jnp.sqrt(_ratio(accuracy * (1 - accuracy), sums.weight, 0.0))
-    ratio = _ratio(gap, deviation, 0.0)
-    folded = 2 * deviation * norm.pdf(ratio) + gap * (1 - 2 * norm.cdf(-ratio))
+    accuracy = ratio(sums.correct, sums.weight, 0.0)
+    gap = ratio(_gap(sums), sums.weight, 0.0)
+    deviation = jnp.sqrt(ratio(accuracy * (1 - accuracy), sums.weight, 0.0))
+    standardized = ratio(gap, deviation, 0.0)
+    folded = 2 * deviation * norm.pdf(standardized) + gap * (1 - 2 * norm.cdf(-standardized))
     expected = (jnp.where(deviation > 0, folded, gap) * sums.weight).sum()
-    return jnp.maximum(2 * ece(sums) - _ratio(expected, sums.weight.sum()), 0)
+    return jnp.maximum(2 * ece(sums) - ratio(expected, sums.weight.sum()), 0)
 
 
 def debiased_squared_ce(sums: BinSums) -> Float[jax.Array, ""]:
-    """Mean squared gap less accuracy (1 - accuracy) / (count - 1) per bin: may be negative; weights are counts.
+    """Mean squared gap less accuracy (1 - accuracy) / (count - 1); may be negative; weights are counts.
 
     Kumar, Liang & Ma 2019, definition 5.1. Bins of one example are left as they are.
     """
-    accuracy = _ratio(sums.correct, sums.weight, 0.0)
+    accuracy = ratio(sums.correct, sums.weight, 0.0)
     variance = jnp.where(sums.weight > 1, accuracy * (1 - accuracy) / jnp.maximum(sums.weight - 1, 1e-6), 0)
-    squared = _ratio(_gap(sums), sums.weight, 0.0) ** 2
-    return _ratio(((squared - variance) * sums.weight).sum(), sums.weight.sum())
+    squared = ratio(_gap(sums), sums.weight, 0.0) ** 2
+    return ratio(((squared - variance) * sums.weight).sum(), sums.weight.sum())
 
 
 class ReliabilityCurve(NamedTuple):
@@ -216,9 +222,9 @@ class ReliabilityCurve(NamedTuple):
 
 
 def reliability_curve(sums: BinSums, level: float = 0.95) -> ReliabilityCurve:
-    """The reliability diagram's points with the Wilson score interval of each bin's accuracy (weights are counts)."""
-    confidence = _ratio(sums.confidence, sums.weight) / 100
-    accuracy = _ratio(sums.correct, sums.weight)
+    """The reliability diagram: each bin's point and its accuracy's Wilson interval (weights are counts)."""
+    confidence = ratio(sums.confidence, sums.weight) / 100
+    accuracy = ratio(sums.correct, sums.weight)
     z = norm.ppf(0.5 + level / 2)
     count = jnp.where(sums.weight > 0, sums.weight, jnp.nan)
     centre = (accuracy + z**2 / (2 * count)) / (1 + z**2 / count)
@@ -228,22 +234,22 @@ def reliability_curve(sums: BinSums, level: float = 0.95) -> ReliabilityCurve:
 
 def accuracy(scores: ScoreSums) -> Float[jax.Array, ""]:
     """Weighted mean outcome."""
-    return _ratio(scores.correct, scores.weight)
+    return ratio(scores.correct, scores.weight)
 
 
 def mean_confidence(scores: ScoreSums) -> Float[jax.Array, ""]:
     """Weighted mean probability."""
-    return _ratio(scores.confidence, scores.weight)
+    return ratio(scores.confidence, scores.weight)
 
 
 def brier(scores: ScoreSums) -> Float[jax.Array, ""]:
     """Weighted mean of (probability - outcome) squared (Brier 1950, one class)."""
-    return _ratio(scores.squared, scores.weight)
+    return ratio(scores.squared, scores.weight)
 
 
 def nll(scores: ScoreSums) -> Float[jax.Array, ""]:
     """Weighted mean negative log-likelihood in nats, clipped as `score_sums` says."""
-    return _ratio(scores.nll, scores.weight)
+    return ratio(scores.nll, scores.weight)
 
 
 class BrierSplit(NamedTuple):
@@ -259,14 +265,15 @@ class BrierSplit(NamedTuple):
 def brier_split(bins: BinSums, scores: ScoreSums) -> BrierSplit:
     """Murphy's (1973) split of the Brier score over bins; reliability is also called calibration.
 
-    `within_bin` is what bins that mix several confidences leave over (Stephenson et al. 2008); it is 0 when all
-    confidences of a bin are equal, as with 101 left-closed bins... of whole percents (`bins=100` apart from 99/100).
+    `within_bin` is what bins that mix several confidences leave over (Stephenson et al. 2008); it is 0 when
+    all confidences of a bin are equal (for whole percents: `sums_at(percent, percent, correct, weight,
+    rows=101)`).
     """
-    base = _ratio(bins.correct.sum(), bins.weight.sum())
+    base = ratio(bins.correct.sum(), bins.weight.sum())
     total = bins.weight.sum()
-    observed = _ratio(bins.correct, bins.weight, 0.0)
-    reliability = _ratio((_ratio(_gap(bins), bins.weight, 0.0) ** 2 * bins.weight).sum(), total)
-    resolution = _ratio(((observed - base) ** 2 * bins.weight).sum(), total)
+    observed = ratio(bins.correct, bins.weight, 0.0)
+    reliability = ratio((ratio(_gap(bins), bins.weight, 0.0) ** 2 * bins.weight).sum(), total)
+    resolution = ratio(((observed - base) ** 2 * bins.weight).sum(), total)
     uncertainty = base * (1 - base)
     refinement = uncertainty - resolution
     return BrierSplit(
@@ -277,7 +284,7 @@ def brier_split(bins: BinSums, scores: ScoreSums) -> BrierSplit:
 def best_constant_brier(outcomes: Shaped[Array, " n"], weight: Float[Array, " n"] | None = None) -> jax.Array:
     """The Brier score of always saying the base rate p: p (1 - p)."""
     weight = weights(weight, outcomes)
-    base = _ratio(jnp.vdot(weight, masked(outcomes, weight), precision="highest"), weight.sum())
+    base = ratio(jnp.vdot(weight, masked(outcomes, weight), precision="highest"), weight.sum())
     return base * (1 - base)
 
 
@@ -293,17 +300,17 @@ class Detection(NamedTuple):
 def precision_recall_f1(
     predicted: Shaped[Array, " n"], actual: Shaped[Array, " n"], weight: Float[Array, " n"] | None = None
 ) -> Detection:
-    """Of the positive class (1 = positive in both arrays); 0 where nothing is predicted or present, as in sklearn."""
+    """Scores of the positive class (1 in both arrays); 0 if none is predicted or present, as in sklearn."""
     weight = weights(weight, predicted)
     said, true = masked(predicted, weight), masked(actual, weight)
     hits, said_total, true_total = (
         jnp.vdot(weight, term, precision="highest") for term in (said * true, said, true)
     )
     return Detection(
-        _ratio(hits, said_total, 0.0),
-        _ratio(hits, true_total, 0.0),
-        _ratio(2 * hits, said_total + true_total, 0.0),
-        _ratio(said_total, weight.sum()),
+        ratio(hits, said_total, 0.0),
+        ratio(hits, true_total, 0.0),
+        ratio(2 * hits, said_total + true_total, 0.0),
+        ratio(said_total, weight.sum()),
     )
 
 

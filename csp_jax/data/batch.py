@@ -1,9 +1,10 @@
 """One prompt and its branches: the one batch that every stage trains on and every evaluation scores.
 
-A row holds the prompts of one or more samples (segments) with their pictures, and `groups` trees of branch tokens.
-Tokens that are fed and tokens that are scored are kept apart: `tokens` are read by the model, `target_token` are
-predicted from the hidden state at `target_parent`. So a query shared by several answers is fed once, the last
-token of an answer (which nothing follows) is never fed, and head and last layer see scored slots only.
+A row holds the prompts of one or more samples (segments) with their pictures, and `groups` trees of branch
+tokens. Tokens that are fed and tokens that are scored are kept apart: `tokens` are read by the model,
+`target_token` are predicted from the hidden state at `target_parent`. So a query shared by several answers is
+fed once, the last token of an answer (which nothing follows) is never fed, and head and last layer see scored
+slots only.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ UNUSED, PLAIN, CHOSEN, REJECTED = 0, 1, 2, 3  # roles of responses; a rejected o
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A canvas, the region that noise is laid on, the confidence that decides how much, and the noise's identity."""
+    """A canvas, the region under noise, the confidence that says how much, and the noise's identity."""
 
     canvas: UInt8[np.ndarray, "rows columns 3"]
     mask: Bool[np.ndarray, "rows columns"]
@@ -40,14 +41,15 @@ class Branch:
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """A prompt with its pictures and groups of branches; branches of a group share what they begin with.
+    A group may also come as a tree that is merged already (one response).
 
-    `prompt_targets`: (prompt index, token, weight) scored inside the prompt itself, as one plain response; they
-    take the target slots that the groups leave free.
+    `prompt_targets`: (prompt index, token, weight) scored inside the prompt itself, as one plain response;
+    they take the target slots that the groups leave free.
     """
 
     prompt: tuple[int, ...]
     pictures: tuple[Picture, ...]
-    groups: tuple[tuple[Branch, ...], ...]
+    groups: tuple[tuple[Branch, ...] | Tree, ...]
     prompt_targets: tuple[tuple[int, int, float], ...] = ()
 
 
@@ -104,7 +106,7 @@ class Batch:
 
 @dataclasses.dataclass
 class Tree:
-    """Branches merged where they begin alike. Parents are indices into `tokens`, -1 is the prompt's last token."""
+    """Branches merged where they begin alike. Parents index `tokens`; -1 is the prompt's last token."""
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     parents: list[int] = dataclasses.field(default_factory=list)
@@ -128,6 +130,10 @@ def merge_branches(branches: Sequence[Branch]) -> Tree:
                 tree.parents.append(node)
             node = children[node, token]
     return tree
+
+
+def _roles(group: tuple[Branch, ...] | Tree) -> list[int]:
+    return [PLAIN] if isinstance(group, Tree) else [branch.role for branch in group]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +188,7 @@ class Packer:
 
     def add(self, sample: Sample, *, share_rows: bool = True) -> Place | None:
         """Put a sample where it fits; None if this batch has no room left."""
-        trees = [merge_branches(group) for group in sample.groups]
+        trees = [group if isinstance(group, Tree) else merge_branches(group) for group in sample.groups]
         need = np.array([len(sample.prompt), len(trees), self._responses(sample), len(sample.pictures), 1])
         self._refuse_what_never_fits(sample, trees, need)
         for row in range(self.shape.rows):
@@ -196,7 +202,7 @@ class Packer:
 
     @staticmethod
     def _responses(sample: Sample) -> int:
-        return sum(len(group) for group in sample.groups) + bool(sample.prompt_targets)
+        return sum(len(_roles(group)) for group in sample.groups) + bool(sample.prompt_targets)
 
     def _refuse_what_never_fits(self, sample: Sample, trees: list[Tree], need: np.ndarray) -> None:
         shape = self.shape
@@ -225,20 +231,20 @@ class Packer:
         first_group = group
         for branches, tree in zip(sample.groups, trees, strict=True):
             self._write_tree(row, group, response, end - 1, tree)
-            for number, branch in enumerate(branches):
-                batch.role[row, response + number] = branch.role
-            group, response = group + 1, response + len(branches)
+            roles = _roles(branches)
+            batch.role[row, response : response + len(roles)] = roles
+            group, response = group + 1, response + len(roles)
         if sample.prompt_targets:
             free = [
                 (first_group + number) * shape.targets + slot
                 for number, tree in enumerate(trees)
                 for slot in range(len(tree.targets), shape.targets)
             ]
-            at = free[: len(sample.prompt_targets)]
+            slots = free[: len(sample.prompt_targets)]
             index, token, weight = zip(*sample.prompt_targets)
-            batch.target_parent[row, at] = start + np.array(index)
-            batch.target_token[row, at], batch.target_weight[row, at] = token, weight
-            batch.target_response[row, at] = response
+            batch.target_parent[row, slots] = start + np.array(index)
+            batch.target_token[row, slots], batch.target_weight[row, slots] = token, weight
+            batch.target_response[row, slots] = response
             batch.role[row, response] = PLAIN
 
     def _write_tree(self, row: int, group: int, response: int, root: int, tree: Tree) -> None:

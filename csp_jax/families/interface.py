@@ -1,4 +1,4 @@
-"""What the host knows of a family: pictures to canvases, words to tokens. Numpy only, so data workers stay light."""
+"""What the host knows of a family: pictures to canvases, words to tokens. Numpy only, for light workers."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ class HostFamily(abc.ABC):
     end_of_answer: str
 
     @abc.abstractmethod
-    def canvas(
-        self, image: Image.Image, mask: Bool[np.ndarray, "height width"] | None
-    ) -> tuple[UInt8[np.ndarray, "rows columns 3"], Bool[np.ndarray, "rows columns"]]:
-        """The resized picture that noise is laid on, and the mask resized alike."""
+    def canvas(self, image: Image.Image) -> UInt8[np.ndarray, "rows columns 3"]:
+        """The resized picture that noise is laid on."""
+
+    @abc.abstractmethod
+    def canvas_mask(self, mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "rows columns"]:
+        """A mask of the original picture, resized as the picture is."""
 
     @abc.abstractmethod
     def image_tokens(self, canvas: UInt8[np.ndarray, "rows columns 3"]) -> int:
@@ -47,7 +49,7 @@ class HostFamily(abc.ABC):
         """The prompt text up to where the answer begins, with one image mark per picture."""
 
     def encode(self, question: str, answer: str | None, slots: tuple[int, ...]) -> Encoded:
-        """Tokens of a question about pictures (slots per picture) and, if given, of its answer and end mark."""
+        """Tokens of a question about pictures (`slots` of each) and, if given, of its answer and end mark."""
         prompt = self.conversation(question, len(slots))
         text = prompt if answer is None else f"{prompt} {answer}{self.end_of_answer}"
         encoding = self.tokenizer.encode(text)
@@ -58,7 +60,9 @@ class HostFamily(abc.ABC):
             count = 1
             if token == self.image_token:
                 if picture == len(slots):
-                    raise UserError("the text holds an image mark of its own", value=question[:80], mend="Remove it")
+                    raise UserError(
+                        "the text holds an image mark of its own", value=question[:80], mend="Remove it"
+                    )
                 count = slots[picture]
                 picture += 1
             tokens.extend([token] * count)
@@ -69,9 +73,9 @@ class HostFamily(abc.ABC):
 
 
 def open_image(data: bytes | Path, name: str = "image") -> Image.Image:
-    """Decode a picture as RGB, upright (EXIF), first frame, transparency on white; an unreadable one is an error."""
+    """A picture as RGB, upright (EXIF), first frame, transparency on white; an unreadable one is an error."""
     try:
-        picture = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+        picture: Image.Image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
         picture = ImageOps.exif_transpose(picture)
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
@@ -88,7 +92,9 @@ def open_tokenizer(directory: Path) -> Tokenizer:
     """`tokenizer.json` of a checkpoint folder."""
     file = directory / "tokenizer.json"
     if not file.exists():
-        raise UserError("there is no tokenizer.json", file=directory, mend="Add the checkpoint's tokenizer files")
+        raise UserError(
+            "there is no tokenizer.json", file=directory, mend="Add the checkpoint's tokenizer files"
+        )
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:

@@ -35,25 +35,31 @@ class LlavaHost(HostFamily):
         self.size = vision["image_size"]
         self.slots = (self.size // vision["patch_size"]) ** 2
 
-    def canvas(
-        self, image: Image.Image, mask: Bool[np.ndarray, "height width"] | None
-    ) -> tuple[UInt8[np.ndarray, "rows columns 3"], Bool[np.ndarray, "rows columns"]]:
+    def canvas(self, image: Image.Image) -> UInt8[np.ndarray, "rows columns 3"]:
+        return np.asarray(self._fit(image, Image.Resampling.BICUBIC))
+
+    def canvas_mask(self, mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "rows columns"]:
+        if mask.shape == (self.size, self.size):
+            return mask
+        grey = Image.fromarray(mask.astype(np.uint8) * 255)
+        return np.asarray(self._fit(grey, Image.Resampling.BILINEAR)) >= 128
+
+    def _fit(self, image: Image.Image, resample: Image.Resampling) -> Image.Image:
+        """Shortest edge to `size`, then the centre."""
         width, height = image.size
-        short, long = min(width, height), max(width, height)
-        if long > 60 * short:
-            raise UserError("the picture is too narrow", field="size", value=image.size, mend="At most 60 to 1")
-        resized = (
+        if max(width, height) > 60 * min(width, height):
+            raise UserError(
+                "the picture is too narrow", field="size", value=image.size, mend="At most 60 to 1"
+            )
+        shape = (
             (self.size, int(self.size * height / width))
             if width <= height
             else (int(self.size * width / height), self.size)
         )
-        left, top = (resized[0] - self.size) // 2, (resized[1] - self.size) // 2
-        crop = (left, top, left + self.size, top + self.size)
-        pixels = np.asarray(_resize(image, resized, Image.Resampling.BICUBIC).crop(crop))
-        if mask is None:
-            return pixels, np.zeros(pixels.shape[:2], bool)
-        grey = _resize(Image.fromarray(mask.astype(np.uint8) * 255), resized, Image.Resampling.BILINEAR)
-        return pixels, np.asarray(grey.crop(crop)) >= 128
+        if image.size != shape:
+            image = image.resize(shape, resample)
+        left, top = (shape[0] - self.size) // 2, (shape[1] - self.size) // 2
+        return image.crop((left, top, left + self.size, top + self.size))
 
     def image_tokens(self, canvas: UInt8[np.ndarray, "rows columns 3"]) -> int:
         return self.slots
@@ -61,7 +67,3 @@ class LlavaHost(HostFamily):
     def conversation(self, question: str, images: int) -> str:
         marks = "".join(f"{IMAGE_MARK}\n" for _ in range(images))
         return f"USER: {marks}{question} ASSISTANT:"
-
-
-def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    return image if image.size == size else image.resize(size, resample)

@@ -24,6 +24,10 @@ def open_family(directory: str | Path) -> HostFamily:
         raise UserError(f"not JSON ({error})", file=file, mend="Download the file again") from None
     if name not in FAMILIES:
         raise UserError(
-            "no such model family", file=file, field="model_type", value=name, mend=f"Families: {', '.join(FAMILIES)}"
+            "no such model family",
+            file=file,
+            field="model_type",
+            value=name,
+            mend=f"Families: {', '.join(FAMILIES)}",
         )
     return FAMILIES[name](directory)  # type: ignore[call-arg]

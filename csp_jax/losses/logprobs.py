@@ -59,7 +59,7 @@ def score(
     remat: Callable | None = None,
     chunk: int = 1024,
 ) -> Scores:
-    """The one model call: log-probabilities of all targets of a batch (design: one prompt and its branches)."""
+    """The one model call: log-probabilities of all targets of a batch (one prompt and its branches)."""
     hidden = model.hidden_states(batch, pixels, dtype=dtype, remat=remat)
     return head_log_probs(hidden, model.decoder.head_kernel(), batch.target_token, chunk=chunk)
 

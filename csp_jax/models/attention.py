@@ -1,8 +1,8 @@
 """Attention over one prompt and its branches.
 
 A row holds a prompt (one or more packed segments) and `groups` trees of branch tokens. A prompt token attends
-causally within its segment. A branch token attends to the prompt up to the token that its tree hangs from, and
-to its own ancestors. Softmax runs once over both kinds of keys, so nothing has to be merged afterwards.
+causally within its segment. A branch token attends to the prompt up to the token that its tree hangs from,
+and to its own ancestors. Softmax runs once over both kinds of keys, so nothing has to be merged afterwards.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ NEGATIVE = -1e30
 class Layout:
     """Who sees whom, derived once a batch from segments and parent pointers.
 
-    `root`: the prompt index from which a branch token's tree hangs. `depth`: its distance from that prompt token.
-    `ancestors`: within its group, the tokens that a branch token sees, itself included.
+    `root`: the prompt index from which a branch token's tree hangs. `depth`: its distance from that prompt
+    token. `ancestors`: within its group, the tokens that a branch token sees, itself included.
     """
 
     prompt_mask: Bool[Array, "batch prompt prompt"]
@@ -43,7 +43,7 @@ def prompt_visible(
 def tree_layout(
     segment: Int[Array, "batch prompt"], parent: Int[Array, "batch branch"], groups: int
 ) -> Layout:
-    """Masks, roots and depths from the parent pointers by pointer doubling: log2(length) rounds, no loop over tokens."""
+    """Masks, roots and depths from the parent pointers, by pointer doubling in log2(length) rounds."""
     batch, prompt = segment.shape
     length = parent.shape[1] // groups if groups else 0
     pointer = parent.reshape(batch, groups, length)

@@ -1,13 +1,16 @@
-"""The small modules that every family is made of. Kernels are stored [in, out]; compute follows the input's dtype."""
+"""The small modules of every family. Kernels are stored [in, out]; compute follows the input's dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
+
+Stacked = TypeVar("Stacked", bound=nnx.Module)
 
 
 class Carried(nnx.Variable):
@@ -31,7 +34,9 @@ class Linear(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(_normal(rngs, (in_features, out_features), in_features**-0.5, dtype), axes=axes)
+        self.kernel = nnx.Param(
+            _normal(rngs, (in_features, out_features), in_features**-0.5, dtype), axes=axes
+        )
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "... in_features"]) -> Float[Array, "... out_features"]:
@@ -87,7 +92,11 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.gelu(x, approximate=False)
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": quick_gelu, "gelu": gelu, "silu": jax.nn.silu}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": gelu,
+    "silu": jax.nn.silu,
+}
 
 
 class Mlp(nnx.Module):
@@ -123,13 +132,16 @@ class GatedMlp(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack_layers(make: Callable[[nnx.Rngs], Stacked], count: int, rngs: nnx.Rngs) -> Stacked:
     """`count` layers of one kind as one module whose variables have a leading layer axis."""
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
 
 
 def scan_layers(
-    layers: nnx.Module, carry: Array, call: Callable[[nnx.Module, Array], Array], remat: Callable | None = None
+    layers: Stacked,
+    carry: Array,
+    call: Callable[[Stacked, Array], Array],
+    remat: Callable | None = None,
 ) -> Array:
     """Run stacked layers one after another: `carry = call(layer, carry)`; `remat` wraps the body."""
     graphdef, state = nnx.split(layers)

@@ -1,7 +1,7 @@
 """The Llama-shaped decoder over one prompt and its branches.
 
-All layers but the last are scanned. The last stands apart: only the hidden states from which a target is read are
-computed there, so the prompt costs it no more than its keys and values.
+All layers but the last are scanned. The last stands apart: only the hidden states from which a target is read
+are computed there, so the prompt costs it no more than its keys and values.
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ class Attention(nnx.Module):
 
         def project(heads: int) -> Linear:
             return Linear(
-                width, heads * head_dim, bias=config.attention_bias, axes=("embed", "heads"), dtype=dtype, rngs=rngs
+                width,
+                heads * head_dim,
+                bias=config.attention_bias,
+                axes=("embed", "heads"),
+                dtype=dtype,
+                rngs=rngs,
             )
 
         self.query = project(config.num_heads)
@@ -108,7 +113,9 @@ class Decoder(nnx.Module):
         self.head = (
             None
             if config.tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size, axes=("embed", "vocab"), dtype=dtype, rngs=rngs)
+            else Linear(
+                config.hidden_size, config.vocab_size, axes=("embed", "vocab"), dtype=dtype, rngs=rngs
+            )
         )
 
     def head_kernel(self) -> Float[Array, "width vocab"]:
@@ -131,7 +138,7 @@ class Decoder(nnx.Module):
         hidden = jnp.concatenate([prompt, branch], axis=1)
         joint = _concat_tables(tables)
 
-        def call(layer: nnx.Module, hidden: Array) -> Array:
+        def call(layer: Layer, hidden: Array) -> Array:
             return self._layer(layer, hidden, layout, joint)
 
         if self.layers is not None:

@@ -1,7 +1,7 @@
 """Checkpoints in the hub's layout: strict reading of safetensors into a model, and writing them back.
 
-A family describes its layout as data: a list of `Tensor(path, keys, transform)`. Reading is lazy, one native leaf
-at a time; anything unknown, missing or misshapen is an error that names the key.
+A family describes its layout as data: a list of `Tensor(path, keys, transform)`. Reading is lazy, one native
+leaf at a time; anything unknown, missing or misshapen is an error that names the key.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CONV = Transform("conv", _conv_from, _conv_to)  # [out, 3, size, size] <-> [size
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One leaf of ours: the hub keys it is made of (several: stacked on a leading layer axis) and the transform."""
+    """One leaf of ours: the hub keys it is made of (several: stacked on a layer axis) and the transform."""
 
     path: str
     keys: tuple[str, ...]
@@ -66,7 +66,9 @@ def layer_tensors(path: str, key: str, layer: list[Tensor], numbers: range | int
     if len(numbers) == 0:
         return []
     return [
-        Tensor(f"{path}.{t.path}", tuple(f"{key.format(n=n)}.{t.keys[0]}" for n in numbers), t.transform, True)
+        Tensor(
+            f"{path}.{t.path}", tuple(f"{key.format(n=n)}.{t.keys[0]}" for n in numbers), t.transform, True
+        )
         for t in layer
     ]
 
@@ -84,7 +86,9 @@ class HubConfig:
             return cls(json.loads(file.read_text()), file)
         except FileNotFoundError:
             raise UserError(
-                "no config.json here", file=directory, mend="Give the folder of a checkpoint in the hub's layout"
+                "no config.json here",
+                file=directory,
+                mend="Give the folder of a checkpoint in the hub's layout",
             ) from None
         except json.JSONDecodeError as error:
             raise UserError(f"not JSON ({error})", file=file, mend="Download the file again") from None
@@ -103,7 +107,11 @@ class HubConfig:
         value = self.get(field, default)
         if value != wanted:
             raise UserError(
-                "this variant is not supported", file=self.file, field=field, value=value, mend=f"Supported: {wanted!r}"
+                "this variant is not supported",
+                file=self.file,
+                field=field,
+                value=value,
+                mend=f"Supported: {wanted!r}",
             )
 
 
@@ -135,7 +143,9 @@ class SafetensorsFolder(contextlib.AbstractContextManager["SafetensorsFolder"]):
             try:
                 handle = self._stack.enter_context(safe_open(file, framework="numpy"))
             except (SafetensorError, OSError) as error:
-                raise UserError(f"cannot be read ({error})", file=file, mend="Download the file again") from None
+                raise UserError(
+                    f"cannot be read ({error})", file=file, mend="Download the file again"
+                ) from None
             for key in handle.keys():  # noqa: SIM118 - not a mapping
                 if not IGNORED.search(key):
                     self.where[canonical_key(key)] = (handle, key, file)
@@ -146,11 +156,15 @@ class SafetensorsFolder(contextlib.AbstractContextManager["SafetensorsFolder"]):
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             missing = [name for name in names if not (self.directory / name).exists()]
             if missing:
-                raise UserError("shard is missing", file=index, value=missing[0], mend="Download the missing shards")
+                raise UserError(
+                    "shard is missing", file=index, value=missing[0], mend="Download the missing shards"
+                )
             return [self.directory / name for name in names]
         files = sorted(self.directory.glob("*.safetensors"))
         if not files:
-            raise UserError("no safetensors files here", file=self.directory, mend="Give a checkpoint's folder")
+            raise UserError(
+                "no safetensors files here", file=self.directory, mend="Give a checkpoint's folder"
+            )
         return files
 
     def read(self, key: str) -> np.ndarray:
@@ -158,7 +172,9 @@ class SafetensorsFolder(contextlib.AbstractContextManager["SafetensorsFolder"]):
         try:
             return handle.get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"cannot be read ({error})", file=file, field=key, mend="Download again") from None
+            raise UserError(
+                f"cannot be read ({error})", file=file, field=key, mend="Download again"
+            ) from None
 
     def __exit__(self, *details: object) -> None:
         self._stack.close()
@@ -191,17 +207,25 @@ def load_state(
         for path, variable in leaves.items():
             array = _assemble(folder, plan[path], variable.get_value().shape)
             filled[path] = variable.replace(put(path, array if dtype is None else array.astype(dtype)))
-    return nnx.from_flat_state([(path, filled[".".join(map(str, path))]) for path, _ in nnx.to_flat_state(abstract)])
+    return nnx.from_flat_state(
+        [(path, filled[".".join(map(str, path))]) for path, _ in nnx.to_flat_state(abstract)]
+    )
 
 
 def _check_names(directory: Path, known: set[str], found: set[str]) -> None:
     for key in sorted(known - found):
         raise UserError(
-            "tensor is missing", file=directory, field=key, mend="The checkpoint is incomplete or of another family"
+            "tensor is missing",
+            file=directory,
+            field=key,
+            mend="The checkpoint is incomplete or of another family",
         )
     for key in sorted(found - known):
         raise UserError(
-            "tensor is unknown", file=directory, field=key, mend="The checkpoint is of another family or variant"
+            "tensor is unknown",
+            file=directory,
+            field=key,
+            mend="The checkpoint is of another family or variant",
         )
 
 

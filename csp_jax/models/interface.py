@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,24 @@ from jaxtyping import Array, Float, Int
 from csp_jax.data.batch import Batch
 from csp_jax.models.attention import Layout, tree_layout
 from csp_jax.models.decoder import Decoder
+from csp_jax.models.hub import Tensor
 
 jax.tree_util.register_dataclass(Batch, data_fields=Batch.ARRAYS, meta_fields=Batch.STATIC)
 
 
 class VisionLanguageModel(nnx.Module, abc.ABC):
-    """A family's model. `image_token` marks the slots in a prompt that image features fill in reading order."""
+    """A family's model. `image_token` marks the prompt slots that image features fill in reading order."""
 
+    config_class: ClassVar[Any]  # the family's sizes: a dataclass with `from_hub(HubConfig)`
+    config: Any  # an instance of it
     decoder: Decoder
     image_token: int
     unused: ClassVar[tuple[str, ...]] = ()  # parameter paths that the computation never reads
+
+    @staticmethod
+    @abc.abstractmethod
+    def tensors(config: Any) -> list[Tensor]:
+        """Every tensor of the hub layout and the leaf that it fills."""
 
     @abc.abstractmethod
     def normalize(self, canvas: Float[Array, "... height width 3"]) -> Float[Array, "... height width 3"]:
@@ -40,7 +48,12 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
         """Rotary cosines and sines of positions."""
 
     def hidden_states(
-        self, batch: Batch, pixels: Array | None, *, dtype: jnp.dtype = jnp.float32, remat: Callable | None = None
+        self,
+        batch: Batch,
+        pixels: Array | None,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        remat: Callable | None = None,
     ) -> Float[Array, "batch targets width"]:
         """Normed hidden states from which each target of the batch is predicted."""
         layout = tree_layout(batch.prompt_segment, batch.parent, batch.groups)
@@ -49,7 +62,9 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
         tables = self.rope_tables(batch, layout)
         return self.decoder(prompt, branch, layout, tables, batch.target_parent, remat)
 
-    def embed_prompt(self, batch: Batch, pixels: Array | None, dtype: jnp.dtype, remat: Callable | None) -> Array:
+    def embed_prompt(
+        self, batch: Batch, pixels: Array | None, dtype: jnp.dtype, remat: Callable | None
+    ) -> Array:
         """Prompt embeddings with the image slots filled."""
         prompt = self.decoder.embed(batch.prompt_tokens).astype(dtype)
         if pixels is None:

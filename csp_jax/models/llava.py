@@ -36,7 +36,7 @@ class LlavaConfig:
 
     @classmethod
     def from_hub(cls, config: HubConfig) -> LlavaConfig:
-        """Read `config.json` as the hub writes it; an unsupported variant is an error that names the field."""
+        """Read `config.json` as the hub writes it; an unsupported variant is an error naming the field."""
         config.require("vision_feature_select_strategy", "default", default="default")
         config.require("vision_config.model_type", "clip_vision_model", default="clip_vision_model")
         config.require("text_config.model_type", "llama", default="llama")
@@ -97,7 +97,12 @@ class Llava(VisionLanguageModel):
         width = config.text.hidden_size
         self.vision = ClipVision(config.vision, dtype, rngs)
         self.projector = Mlp(
-            config.vision.hidden_size, width, width, activation=config.projector_activation, dtype=dtype, rngs=rngs
+            config.vision.hidden_size,
+            width,
+            width,
+            activation=config.projector_activation,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.decoder = Decoder(config.text, dtype, rngs)
 

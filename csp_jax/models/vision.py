@@ -15,7 +15,7 @@ from csp_jax.models.blocks import LayerNorm, Linear, Mlp, scan_layers, stack_lay
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """Sizes of a CLIP vision tower; `feature_layer` counts hidden states as transformers does (-2: skip the last)."""
+    """Sizes of a CLIP tower; `feature_layer` counts hidden states like transformers (-2: skip the last)."""
 
     hidden_size: int
     intermediate_size: int
@@ -62,14 +62,18 @@ class ClipLayer(nnx.Module):
         self.attention_norm = LayerNorm(width, epsilon=eps, dtype=dtype)
         self.attention = ClipAttention(width, config.num_heads, dtype, rngs)
         self.mlp_norm = LayerNorm(width, epsilon=eps, dtype=dtype)
-        self.mlp = Mlp(width, config.intermediate_size, width, activation=config.activation, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(
+            width, config.intermediate_size, width, activation=config.activation, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "images tokens width"]) -> Float[Array, "images tokens width"]:
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
 
-def patchify(pixels: Float[Array, "images height width 3"], size: int) -> Float[Array, "images patches values"]:
+def patchify(
+    pixels: Float[Array, "images height width 3"], size: int
+) -> Float[Array, "images patches values"]:
     """Non-overlapping patches in row-major order, each flattened as (row, column, channel)."""
     images, height, width, channels = pixels.shape
     grid = pixels.reshape(images, height // size, size, width // size, size, channels)
@@ -77,7 +81,7 @@ def patchify(pixels: Float[Array, "images height width 3"], size: int) -> Float[
 
 
 class ClipVision(nnx.Module):
-    """Patch embedding, class token, positions and layers; layers beyond the feature layer are carried, not run."""
+    """Patch embedding, class token, positions, layers; those past the feature layer are carried, not run."""
 
     def __init__(self, config: ClipConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         width = config.hidden_size

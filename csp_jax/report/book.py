@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from csp_jax.report.inputs import ResultRow
 from csp_jax.report.series import Key, ordered, ordered_splits
+
+MEAN = "mean"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class ResultBook:
         for row in self.rows:
             self._cells.setdefault((row.key, row.split, row.metric), []).append(row)
         self.keys = ordered(row.key for row in self.rows)
-        self.splits = ordered_splits(row.split for row in self.rows)
+        self.splits = ordered_splits(row.split for row in self.rows if row.split != MEAN)
         self.seeds = sorted({row.seed for row in self.rows if row.seed is not None})
 
     def cell(self, key: Key, split: str, metric: str) -> Value | None:
@@ -50,17 +52,39 @@ class ResultBook:
         )
 
     def mean(self, key: Key, metric: str) -> Value | None:
-        """The plain mean over all splits of the run; None unless every split has a value."""
+        """The mean over the splits, None unless every split has a value.
+
+        The run's own (a row of split "mean", with its interval) comes before the plain mean of the values.
+        """
         cells = [self.cell(key, split, metric) for split in self.splits]
         values = [cell.value for cell in cells if cell is not None and not math.isnan(cell.value)]
         if len(values) < len(self.splits):
             return None
-        return Value(math.fsum(values) / len(values))
+        return self.cell(key, MEAN, metric) or Value(math.fsum(values) / len(values))
+
+    def shares(self, metrics: Iterable[str]) -> ResultBook:
+        """The rows of counting metrics, as shares of their n items."""
+        counting = frozenset(metrics)
+        chosen = [row for row in self.rows if row.metric in counting and row.n]
+        return ResultBook(
+            replace(row, value=row.value / row.n, low=math.nan, high=math.nan) for row in chosen
+        )
 
     def items(self, split: str) -> str:
         """How many items the split's figures rest on, e.g. "600" or "598–600"."""
         counts = sorted({row.n for row in self.rows if row.split == split})
         return f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
+
+    def spans_seeds(self) -> bool:
+        """Whether any figure is a mean over seeds made here, not by the run itself."""
+        return any(
+            len(rows) > 1 and all(row.seed is not None for row in rows) for rows in self._cells.values()
+        )
+
+    def largest(self, metric: str) -> float:
+        """The largest value of a metric in any row; nan where there is none."""
+        values = [row.value for row in self.rows if row.metric == metric and not math.isnan(row.value)]
+        return max(values, default=math.nan)
 
     def has(self, metric: str) -> bool:
         return any(row.metric == metric for row in self.rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def thinned(values: Sequence[float], limit: int) -> list[float]:
     if len(values) <= limit:
         return list(values)
     edges = [round(index * len(values) / limit) for index in range(limit + 1)]
-    return [math.fsum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:])]
+    return [math.fsum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:

@@ -18,7 +18,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"cannot be read ({error.strerror})", file=path, mend="finish the run that writes it, then ask again"
+            f"cannot be read ({error.strerror})",
+            file=path,
+            mend="finish the run that writes it, then ask again",
         ) from error
     except ValueError as error:
         raise UserError(f"is not JSON ({error})", file=path, mend="write it again from its run") from error

@@ -1,4 +1,4 @@
-"""What the report reads from a run folder, as typed records: results, run description, losses, noise strip."""
+"""What the report reads from a run folder as typed records: results, the run's description, losses, strip."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from csp_jax.calibration.presets import PRESETS
 from csp_jax.errors import UserError
 from csp_jax.report.fields import Fields, read_json
 from csp_jax.report.series import Key
@@ -17,10 +18,11 @@ from csp_jax.report.series import Key
 # Metrics that are shares, probabilities or gaps between them: a value outside [0, 1] is a mistake of units.
 UNIT_METRICS = frozenset(
     {"accuracy", "f1", "precision", "recall", "auc_correctness", "auc_classwise", "brier", "ece", "mce"}
-    | {"smooth_ece", "null_ece", "best_constant_brier", "ties", "unparsable"}
+    | {"smooth_ece", "null_ece", "best_constant_brier"}
     | {"direct_accuracy", "direct_f1", "direct_precision", "direct_recall"}
 )
-PRESETS = ("csp-classwise", "top-label", "torchmetrics", "netcal")
+# Metrics that count items: `value` is a whole number of the n.
+COUNT_METRICS = frozenset({"ties", "unparsable"})
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ def load_results(path: Path) -> list[ResultRow]:
 def _result_row(fields: Fields) -> ResultRow:
     metric = fields.text("metric")
     low, high = (0.0, 1.0) if metric in UNIT_METRICS else (-math.inf, math.inf)
+    if metric in COUNT_METRICS:
+        fields.whole("value")
     row = ResultRow(
         key=Key(fields.text("model"), fields.text("recipe", "")),
         split=fields.text("split"),
@@ -77,7 +81,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """run.json: what was run, with what, where and how long. Every field may be left out."""
+    """run.json: what was run, with what, where and how long. Every field may be left out.
+
+    `preset` and `bins` come from its "conventions", as `csp_jax.calibration.presets.conventions` writes them.
+    """
 
     name: str
     configuration: dict = field(default_factory=dict)
@@ -86,7 +93,7 @@ class RunInfo:
     stages: tuple[Stage, ...] = ()
     machine: str = ""
     notes: tuple[str, ...] = ()
-    preset: str = PRESETS[0]
+    preset: str = "csp-classwise"
     bins: int = 10
     interval: str = ""
 
@@ -98,7 +105,7 @@ def load_run(run_dir: Path) -> RunInfo:
         return RunInfo(name=run_dir.resolve().name)
     fields = Fields(read_json(path), path)
     conventions = Fields(fields.table("conventions", {}), path, "conventions")
-    preset = conventions.text("preset", PRESETS[0])
+    preset = conventions.text("preset", RunInfo.preset)
     if preset not in PRESETS:
         raise conventions.bad("preset", "is not a preset", f"use one of {', '.join(PRESETS)}")
     return RunInfo(
@@ -110,9 +117,19 @@ def load_run(run_dir: Path) -> RunInfo:
         machine=_machine(fields),
         notes=_strings(fields, "notes"),
         preset=preset,
-        bins=conventions.whole("bins", 10, least=1),
-        interval=conventions.text("interval", ""),
+        bins=conventions.whole("bins", RunInfo.bins, least=1),
+        interval=_interval(conventions),
     )
+
+
+def _interval(conventions: Fields) -> str:
+    """What the intervals of results.json are, in words; "" where the run does not say."""
+    level = conventions.number("level", None, low=0.0, high=1.0)
+    resamples = conventions.whole("resamples", None)
+    if level is None:
+        return ""
+    how = f", {resamples} bootstrap resamples of images" if resamples else ""
+    return f"{100 * level:g}% intervals{how}"
 
 
 def _stages(fields: Fields) -> tuple[Stage, ...]:
@@ -209,7 +226,7 @@ class Strip:
 
 
 def load_strip(run_dir: Path) -> Strip | None:
-    """strip.json with its pictures checked (inside the run folder, decodable), or None where there is none."""
+    """strip.json with its pictures checked (inside the run folder, decodable); None where there is none."""
     path = run_dir / "strip.json"
     if not path.exists():
         return None
@@ -244,7 +261,9 @@ def _picture(fields: Fields, run_dir: Path) -> Path:
             image.load()
             known = image.format == "PNG"
     except (OSError, SyntaxError) as error:
-        raise fields.bad("image", f"cannot be read as a picture ({error})", "write the strip again") from error
+        raise fields.bad(
+            "image", f"cannot be read as a picture ({error})", "write the strip again"
+        ) from error
     if not known:
         raise fields.bad("image", "is not a PNG file", "write the strip's pictures as PNG")
     return path

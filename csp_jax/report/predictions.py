@@ -20,7 +20,8 @@ MEND = "evaluate this model again"
 class Predictions:
     """One file of predictions over n items.
 
-    `confidence` [n, 2]: c(yes), c(no) in [0, 1], nan where the model's words could not be read.
+    `confidence` [n, 2]: c(yes), c(no) in [0, 1], nan where the model's words could not be read; kept in the
+    dtype of the file, because bin edges are compared in it.
     `truth` [n]: index of the right candidate (0 yes, 1 no). `image_id` [n]. `split_mask` [n, S] bool.
     """
 
@@ -31,7 +32,7 @@ class Predictions:
     split_names: tuple[str, ...]
 
     def of_split(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Confidence [m, 2] and truth [m] of one split's items; both empty where the split is not in the file."""
+        """Confidence [m, 2] and truth [m] of one split's items; empty where the file lacks the split."""
         if split not in self.split_names:
             return self.confidence[:0], self.truth[:0]
         chosen = self.split_mask[:, self.split_names.index(split)]
@@ -72,10 +73,14 @@ def load_predictions(path: Path) -> Predictions:
             raise UserError(
                 f"must have shape {list(shape)}", file=path, field=name, value=list(array.shape), mend=MEND
             )
+    if not np.issubdtype(confidence.dtype, np.floating):
+        raise UserError(
+            "must be floating", file=path, field="confidence", value=str(confidence.dtype), mend=MEND
+        )
     _check_range(path, "confidence", confidence, (confidence < 0) | (confidence > 1), "must lie in [0, 1]")
     _check_range(path, "truth", truth, (truth != 0) & (truth != 1), "must be 0 (yes) or 1 (no)")
     return Predictions(
-        confidence=confidence.astype(np.float64),
+        confidence=confidence,
         truth=truth.astype(np.int64),
         image_id=image_id,
         split_mask=mask.astype(bool),

@@ -1,4 +1,4 @@
-"""The models of a report: their order, their names in words, and the colour class that each keeps throughout."""
+"""The models of a report: their order, their names in words, and the colour that each keeps throughout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Key(NamedTuple):
 LABELS = {
     "base": "Base",
     "sft": "SFT",
-    "simpo": "SimPO without SFT",
+    "simpo": "SimPO only",
     "sft+simpo": "SFT + SimPO",
     "global": "Global noise",
     "original": "Original pairs",

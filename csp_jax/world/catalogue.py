@@ -9,11 +9,12 @@ from importlib import resources
 from PIL import Image
 
 TILE = 64
+LEAST_AREA = 20  # opaque pixels below which an object is not shown
 
 
 @dataclass(frozen=True)
 class ObjectClass:
-    """One noun and its cut-outs (RGBA, cropped to alpha > 127); which of them training may show is separate."""
+    """One noun and its cut-outs (RGBA, cropped to alpha > 127): for training, for held-out splits."""
 
     name: str
     plural: str
@@ -37,7 +38,7 @@ def crop_to_alpha(image: Image.Image) -> Image.Image:
 
 
 def embedded_objects() -> tuple[ObjectClass, ...]:
-    """The 60 classes shipped with the package, in the order of `objects.json`; one cut-out each, shown in every split."""
+    """The 60 shipped classes, in the order of `objects.json`; one cut-out each, shown in every split."""
     folder = resources.files("csp_jax.world") / "objects"
     entries = json.loads((folder / "objects.json").read_text(encoding="utf-8"))
     with (folder / "atlas.png").open("rb") as stream:

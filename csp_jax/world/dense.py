@@ -56,8 +56,8 @@ def _neighbour(
 ) -> Question | None:
     """The nearest thing on one side of a single thing.
 
-    Asked where no other thing lies within `clear_offset` of the same coordinate, and the next nearest of that side
-    is at least half of it further away.
+    Asked where no other thing lies within `clear_offset` of the same coordinate, and the next nearest of that
+    side is at least half of it further away.
     """
     phrase, axis, sign = SIDES[int(4 * rng.random())]
     for anchor in singles:

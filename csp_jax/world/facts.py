@@ -30,7 +30,7 @@ class Thing:
 
 
 def gap(first: Thing, second: Thing) -> int:
-    """Free pixels between two boxes along the axis on which they are further apart (negative: they overlap)."""
+    """Free pixels between two boxes on the axis where they are further apart (negative: they overlap)."""
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = first.box, second.box
     return max(bx0 - ax1, ax0 - bx1, by0 - ay1, ay0 - by1)
 
@@ -58,7 +58,12 @@ class Facts:
             part = mask[y0:y1, x0:x1]
             columns, rows = part.sum(0), part.sum(1)
             xs, ys = np.flatnonzero(columns), np.flatnonzero(rows)
-            left, top, right, bottom = x0 + int(xs[0]), y0 + int(ys[0]), x0 + int(xs[-1]) + 1, y0 + int(ys[-1]) + 1
+            left, top, right, bottom = (
+                x0 + int(xs[0]),
+                y0 + int(ys[0]),
+                x0 + int(xs[-1]) + 1,
+                y0 + int(ys[-1]) + 1,
+            )
             total = float(columns.sum())
             index = self.plan.classes[placed.sprite.place]
             self.things.append(

@@ -10,8 +10,8 @@ import numpy as np
 from csp_jax.world.catalogue import ObjectClass
 from csp_jax.world.config import WorldConfig
 
-# The stationary law of a walk that steps by one over 1..4: asked with the count itself (yes) and with the next
-# number of the walk (no), every number word is right as often as wrong.
+# The stationary law of a walk that steps by one over 1..4: asked with the count itself (yes) and with the
+# walk's next number (no), every number word is right as often as wrong.
 COUNT_SHARES = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 SINGLES_BESIDE_SEVERAL = (0.05, 0.35, 0.35, 0.25)
 SINGLES_ALONE = (0.0, 0.05, 0.3, 0.35, 0.2, 0.1)
@@ -20,7 +20,7 @@ MOST_OBJECTS = 5
 
 @dataclass(frozen=True)
 class Plan:
-    """Class indices and counts of one scene; `counted` is the place of the class with a number question, or -1."""
+    """Class indices and counts of a scene; `counted`: place of the class with a number question, or -1."""
 
     classes: tuple[int, ...]
     counts: tuple[int, ...]
@@ -35,7 +35,9 @@ class Plan:
 
 def draw(rng: np.random.Generator, cumulative: np.ndarray) -> int:
     """An index with the chances whose cumulative sum is given."""
-    return min(int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")), len(cumulative) - 1)
+    return min(
+        int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")), len(cumulative) - 1
+    )
 
 
 class Planner:
@@ -53,7 +55,9 @@ class Planner:
         self._everything = np.concatenate([members for members, _ in self._themes])
         weights = [np.diff(cumulative, prepend=0.0) for _, cumulative in self._themes]
         theme_weights = np.diff(self._theme_choice, prepend=0.0)
-        self._everything_choice = np.cumsum(np.concatenate([w * t / w.sum() for w, t in zip(weights, theme_weights)]))
+        self._everything_choice = np.cumsum(
+            np.concatenate([w * t / w.sum() for w, t in zip(weights, theme_weights)])
+        )
         self._counts = np.cumsum(COUNT_SHARES)
         self._beside, self._alone = np.cumsum(SINGLES_BESIDE_SEVERAL), np.cumsum(SINGLES_ALONE)
 
@@ -79,7 +83,11 @@ class Planner:
         chosen: list[int] = []
         while len(chosen) < number:
             of_theme = rng.random() < self.config.theme_share and not set(members.tolist()) <= set(chosen)
-            index = members[draw(rng, choice)] if of_theme else self._everything[draw(rng, self._everything_choice)]
+            index = (
+                members[draw(rng, choice)]
+                if of_theme
+                else self._everything[draw(rng, self._everything_choice)]
+            )
             if int(index) not in chosen:
                 chosen.append(int(index))
         return chosen
@@ -117,6 +125,6 @@ class Statistics:
         return sorted(absent, key=lambda index: (-self.frequency[index], index))[:number]
 
     def adversarial(self, absent: Sequence[int], present: Sequence[int], number: int) -> list[int]:
-        """The absent classes that appear most often together with the present ones, first the most frequent."""
+        """The absent classes that appear most often together with the present ones, most frequent first."""
         score = self.together[list(present)].sum(0)
         return sorted(absent, key=lambda index: (-score[index], index))[:number]

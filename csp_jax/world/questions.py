@@ -1,4 +1,4 @@
-"""Yes/no questions about a scene, with their true answers; every form is asked with "yes" and "no" equally often."""
+"""Yes/no questions about a scene, with their true answers; every form has "yes" as often as "no"."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from csp_jax.world.plan import Statistics
 SUBSETS = ("random", "popular", "adversarial")
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 YES_NO = ("yes", "no")
-RELATIONS = {  # category -> (axis, phrase where the first object has the lesser coordinate, the opposite phrase)
+# category -> (axis, phrase where the first object has the lesser coordinate, the opposite phrase)
+RELATIONS = {
     "left_of": (0, "to the left of", "to the right of"),
     "above": (1, "above", "below"),
 }
@@ -64,7 +65,11 @@ class Existence:
     """ "Is there a cat in the image?" with negatives chosen as POPE chooses them."""
 
     def __init__(
-        self, config: WorldConfig, classes: Sequence[ObjectClass], usable: Sequence[int], statistics: Statistics
+        self,
+        config: WorldConfig,
+        classes: Sequence[ObjectClass],
+        usable: Sequence[int],
+        statistics: Statistics,
     ):
         self.config, self.classes, self.usable, self.statistics = config, classes, usable, statistics
 
@@ -160,7 +165,9 @@ def _pairs(rng: np.random.Generator, facts: Facts) -> list[tuple[Thing, Thing]]:
 def contact_questions(rng: np.random.Generator, facts: Facts, config: WorldConfig) -> list[Question]:
     """A touching pair and one clearly apart, where the scene has both; else one of them at equal rates."""
     pairs = _pairs(rng, facts)
-    touching = [p for p in pairs if facts.plan.touching and {p[0].place, p[1].place} == set(facts.plan.touching)]
+    touching = [
+        p for p in pairs if facts.plan.touching and {p[0].place, p[1].place} == set(facts.plan.touching)
+    ]
     apart = [p for p in pairs if gap(*p) >= config.clear_gap]
     if len(pairs) == 1:
         # Two singles: the scene settles the answer, so the commoner kind is asked about less often.

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from csp_jax.errors import UserError
-from csp_jax.world.catalogue import ObjectClass, crop_to_alpha
+from csp_jax.world.catalogue import LEAST_AREA, ObjectClass, crop_to_alpha
 from csp_jax.world.config import WorldConfig
 from csp_jax.world.plan import Plan, draw
 
@@ -69,7 +69,7 @@ class Scene:
         return picture
 
     def visible_masks(self) -> list[np.ndarray]:
-        """Bool [canvas, canvas] per object: more than half opaque and not under such a pixel of a later one."""
+        """Bool [canvas, canvas] per object: more than half opaque and not below a later one's."""
         size = self.background.shape[0]
         hidden = np.zeros((size, size), bool)
         masks = []
@@ -140,6 +140,8 @@ class Layouter:
             gap = self.config.min_gap
             if plan.touching is None and len(plan.singles) == 2:
                 gap = self.config.clear_gap  # the one pair must be a clear "no contact"
+            if min(int(sprite.mask.sum()) for sprite in sprites) < LEAST_AREA:
+                continue
             room = sum((s.alpha.shape[0] + gap) * (s.alpha.shape[1] + gap) for s in sprites)
             if room > FULLEST * self.config.canvas**2:
                 continue
@@ -197,7 +199,7 @@ class Layouter:
         return None
 
     def _touching_pair(self, rng: np.random.Generator, under: Sprite, over: Sprite) -> list[Placed] | None:
-        """The first sprite anywhere, the second pushed against it from a random side, up to 3 pixels into it."""
+        """The first sprite anywhere, the second pushed against it from any side, up to 3 pixels into it."""
         for _ in range(8):
             corner = self._free_corner(rng, under, [], 0)
             if corner is None:

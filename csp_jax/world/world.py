@@ -17,7 +17,8 @@ from csp_jax.world.catalogue import ObjectClass, embedded_objects
 from csp_jax.world.config import WorldConfig
 from csp_jax.world.dense import dense_questions
 from csp_jax.world.facts import Facts
-from csp_jax.world.plan import Planner, Statistics
+from csp_jax.world.folders import PhotoBackgrounds, folder_objects
+from csp_jax.world.plan import Plan, Planner, Statistics
 from csp_jax.world.questions import (
     Existence,
     Question,
@@ -30,6 +31,7 @@ from csp_jax.world.scene import Layouter, Scene, SpriteMaker
 
 TRAINING = {"base": True, "train": True, "validation": False, "test": False}
 PROGRESS_EVERY = 100
+FEWEST_CLASSES = 8  # five in a scene, two absent ones to ask about, one to spare
 
 
 class _Side:
@@ -45,31 +47,32 @@ class _Side:
 
 
 class World:
-    """Rendered scenes with exact masks and questions; same (seed, split, index) -> same record, in any order."""
+    """Rendered scenes with exact masks and questions: the same seed, split and index, the same record."""
 
     def __init__(self, config: WorldConfig | None = None):
         self.config = config or WorldConfig()
-        self.classes: tuple[ObjectClass, ...] = embedded_objects()
-        self.backgrounds: BackgroundSource = ProceduralBackgrounds(self.config.canvas)
+        self.classes: tuple[ObjectClass, ...] = _classes(self.config)
+        self.backgrounds: BackgroundSource = _backgrounds(self.config)
         self._sides = {held_out: _Side(self.config, self.classes, held_out) for held_out in (False, True)}
 
     def _random(self, split: str, index: int, stream: int) -> np.random.Generator:
-        if split not in TRAINING:
-            raise UserError(
-                "no such split of the world", field="split", value=split, mend=f"Use one of {', '.join(TRAINING)}"
-            )
         if index < 0:
             raise UserError("scenes are numbered from 0", field="index", value=index)
+        _is_training(split)
         return np.random.default_rng((self.config.seed, zlib.crc32(split.encode()), index, stream))
 
     def statistics(self, split: str) -> Statistics:
         """Class frequencies and co-occurrences behind the negatives of a split."""
-        return self._sides[not TRAINING[split]].statistics
+        return self._sides[not _is_training(split)].statistics
+
+    def plan(self, split: str, index: int) -> Plan:
+        """What a scene will hold; costs no rendering."""
+        return self._sides[not _is_training(split)].planner.plan(self._random(split, index, 0))
 
     def scene(self, split: str, index: int) -> Scene:
         """The scene of a record: its plan, background and placed objects."""
+        held_out = not _is_training(split)
         rng = self._random(split, index, 0)
-        held_out = not TRAINING[split]
         side = self._sides[held_out]
         plan = side.planner.plan(rng)
         objects = side.layouter.lay_out(rng, plan)
@@ -93,7 +96,7 @@ class World:
         )
 
     def _questions(self, rng: np.random.Generator, facts: Facts, split: str) -> list[Question]:
-        training = TRAINING[split]
+        training = _is_training(split)
         existence = self._sides[not training].existence
         questions = existence.training(rng, facts) if training else existence.evaluation(rng, facts)
         questions += number_questions(rng, facts)
@@ -104,6 +107,42 @@ class World:
         if training:
             questions += dense_questions(rng, facts, self.config)
         return questions
+
+
+def _is_training(split: str) -> bool:
+    if split not in TRAINING:
+        raise UserError(
+            "no such split of the world", field="split", value=split, mend=f"Use one of {', '.join(TRAINING)}"
+        )
+    return TRAINING[split]
+
+
+def _classes(config: WorldConfig) -> tuple[ObjectClass, ...]:
+    if config.objects is None:
+        return embedded_objects()
+    found = folder_objects(
+        config.objects,
+        sides=(config.small[0], 2 * config.large[1]),
+        seed=config.seed,
+        classes=config.classes,
+        exclude=config.exclude,
+    )
+    askable = sum(bool(item.held_out) for item in found.classes)
+    if askable < FEWEST_CLASSES:
+        raise UserError(
+            f"only {askable} nouns have two different cut-outs, one of them for held-out scenes; "
+            f"a world needs {FEWEST_CLASSES}",
+            file=config.objects,
+            field="objects",
+            mend="Add cut-outs, or name them alike in a class file (classes)",
+        )
+    return tuple(item for item in found.classes if item.held_out or not config.shared_only)
+
+
+def _backgrounds(config: WorldConfig) -> BackgroundSource:
+    if config.backgrounds is None:
+        return ProceduralBackgrounds(config.canvas)
+    return PhotoBackgrounds(config.backgrounds, config.canvas, seed=config.seed, exclude=config.exclude)
 
 
 def _floats(box: tuple[int, int, int, int]) -> tuple[float, float, float, float]:
@@ -128,17 +167,14 @@ def build(
 ) -> None:
     """Writes a world's splits (name -> number of scenes) as one data set.
 
-    `progress` is called with (split, scenes written, scenes in all). The manifest's metadata holds the config and the
-    class statistics. Raises UserError for an unknown split, or one that exists and may not be overwritten.
+    `progress` is called with (split, scenes written, scenes in all). The manifest's metadata holds the config
+    and the class statistics. Raises UserError for an unknown split, or one that exists already.
     """
     world = World(config)
     for split, scenes in splits.items():
-        if split not in TRAINING or scenes < 1:
-            raise UserError(
-                "a split is one of " + ", ".join(TRAINING) + " with at least one scene",
-                field=f"splits.{split}",
-                value=scenes,
-            )
+        _is_training(split)
+        if scenes < 1:
+            raise UserError("write at least one scene", field=f"splits.{split}", value=scenes)
     for split, scenes in splits.items():
         statistics = world.statistics(split)
         metadata = {

@@ -1,0 +1,1 @@
+"""Calibration metrics on the device, the conventions by name, bootstrap intervals, recalibration."""

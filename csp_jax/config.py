@@ -1,0 +1,213 @@
+"""Typed configuration of every command: YAML, `key=value` overrides, errors that name what to mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+import yaml
+
+from csp_jax.errors import UserError
+
+Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
+Positive = Annotated[float, pydantic.Field(gt=0)]
+Count = Annotated[int, pydantic.Field(ge=0)]
+AtLeastOne = Annotated[int, pydantic.Field(ge=1)]
+
+
+class Section(pydantic.BaseModel):
+    """A part of a configuration: unknown fields are errors, values do not change."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """Where the weights come from, and how they are held."""
+
+    checkpoint: str = (
+        "world"  # a folder in the hub's layout, or `world`: the base that ships with the package
+    )
+    random_init: bool = False  # take config and tokenizer from the folder, but new random weights
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    freeze: tuple[str, ...] = ()  # regular expressions on parameter paths
+    remat: Literal["none", "full", "dots"] = "none"
+
+
+class ShapeConfig(Section):
+    """Static sizes of a row; see `data.batch.Shape`."""
+
+    prompt: AtLeastOne = 72
+    groups: AtLeastOne = 8
+    length: AtLeastOne = 48
+    targets: AtLeastOne = 16
+    responses: AtLeastOne = 32
+
+
+class RecipeConfig(Section):
+    """What a record becomes; see `data.recipe`."""
+
+    name: Literal["answers", "paper", "evidence", "original"] = "evidence"
+    items: AtLeastOne = 4  # items asked about a picture
+    retention_items: Count = 0  # ordinary questions beside them
+    labels: Literal["uniform", "grid"] = "uniform"
+    grid: Literal[1, 2, 5, 10, 20, 25] = 10
+    region: Literal["mask", "box", "global"] = "mask"
+    clean: Fraction = 0.3
+    distractor: Fraction = 0.5
+    elsewhere: Fraction = 0.25
+    slot_weight: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    confidence_items: Count = 0
+    confidence_levels: dict[int, Positive] = {}
+    shape: ShapeConfig = ShapeConfig()
+
+    @pydantic.field_validator("confidence_levels")
+    @classmethod
+    def _percents(cls, levels: dict[int, float]) -> dict[int, float]:
+        for percent in levels:
+            if not 0 <= percent <= 100:
+                raise ValueError(f"{percent} is not a percentage")
+        return levels
+
+
+class DataConfig(Section):
+    """Which shards, and how they are read."""
+
+    shards: str = "world"
+    split: str = "train"
+    limit: Count = 0  # 0: all records
+    workers: Count = 0
+    recipe: RecipeConfig = RecipeConfig()
+
+
+class NoiseConfig(Section):
+    """See `perturb.Schedule`."""
+
+    name: Literal["constant", "linear", "ddpm", "cosine", "none"] = "constant"
+    t_max: AtLeastOne = 500
+    noise_gamma: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.01
+    floor: Fraction = 0.0066
+
+
+class LossConfig(Section):
+    """See `losses.sft` and `losses.simpo`."""
+
+    name: Literal["sft", "simpo"] = "sft"
+    beta: Positive = 2.0
+    simpo_gamma: Annotated[float, pydantic.Field(ge=0)] = 1.0
+    nll_weight: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    label_smoothing: Annotated[float, pydantic.Field(ge=0, lt=0.5)] = 0.0
+    retention: Annotated[float, pydantic.Field(ge=0)] = 1.0
+
+
+class OptimizerConfig(Section):
+    """AdamW with warm-up and decay."""
+
+    learning_rate: Positive = 1e-5
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Fraction = 0.0
+    final_ratio: Fraction = 0.0  # learning rate at the end, as a share of the peak
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: Positive = 1e-8
+    weight_decay: Annotated[float, pydantic.Field(ge=0)] = 0.1
+    clip: Annotated[float, pydantic.Field(ge=0)] = 1.0  # global norm; 0: no clipping
+
+
+class BatchConfig(Section):
+    """Rows of a micro-batch over all devices, and how many micro-batches an update takes."""
+
+    rows: AtLeastOne = 2
+    accumulation: AtLeastOne = 8
+
+
+class RunConfig(Section):
+    """How long, how often, where to."""
+
+    out: str = "runs/run"
+    epochs: Positive = 1.0
+    steps: Count = 0  # 0: from epochs
+    checkpoint_every: Count = 0  # 0: at the end only
+    keep: AtLeastOne = 2
+    log_every: AtLeastOne = 1
+    progress: bool = True
+
+
+class ParallelConfig(Section):
+    """Mesh sizes; -1 takes what is left of the devices."""
+
+    strategy: Literal["mesh", "pmap"] = "mesh"
+    data: int = -1
+    fsdp: AtLeastOne = 1
+    tensor: AtLeastOne = 1
+
+
+class TrainConfig(Section):
+    """`csp train`."""
+
+    seed: Count = 0
+    prompts: str = ""  # a YAML file of prompts; empty: the package's own
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    noise: NoiseConfig = NoiseConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    run: RunConfig = RunConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML mapping."""
+    try:
+        values = yaml.safe_load(file.read_text())
+    except FileNotFoundError:
+        raise UserError("there is no such configuration", file=file, mend="Check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"not YAML ({error})", file=file, mend="Correct the file") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError("must be a mapping of fields", file=file, mend="See configs/ for examples")
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`a.b=value` settings on top of a mapping; values are read as YAML."""
+    result = {**values}
+    for override in overrides:
+        path, found, text = override.partition("=")
+        if not found:
+            raise UserError(
+                "not a setting", value=override, mend="Write field=value, such as optimizer.clip=0.5"
+            )
+        node = result
+        *parents, last = path.split(".")
+        for part in parents:
+            child = node.get(part)
+            node[part] = {**child} if isinstance(child, dict) else {}
+            node = node[part]
+        node[last] = yaml.safe_load(text)
+    return result
+
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+def load_config(
+    kind: type[SectionType], file: Path | None, overrides: list[str] | None = None
+) -> SectionType:
+    """A validated configuration from a YAML file and overrides."""
+    values = apply_overrides(read_yaml(file) if file else {}, overrides or [])
+    try:
+        return kind.model_validate(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            "no such field" if first["type"] == "extra_forbidden" else first["msg"],
+            file=file,
+            field=".".join(str(part) for part in first["loc"]),
+            value=first.get("input"),
+            mend="csp doctor --config lists every field with its range",
+        ) from None

@@ -1,0 +1,209 @@
+"""Jitted evaluation sweeps: every item of a split once, in fixed shapes, over all devices and hosts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool, Float, Int
+
+from csp_jax.calibration.protocols import QuestionTree, Reading, question_tree, read_question
+from csp_jax.data.batch import Batch, Packer, Picture, Sample, Shape
+from csp_jax.data.recipe import Asker, noise_identity
+from csp_jax.data.shards import ShardSource, evaluation_records
+from csp_jax.errors import UserError
+from csp_jax.families.interface import HostFamily, open_image
+from csp_jax.losses.logprobs import score
+from csp_jax.models.interface import VisionLanguageModel
+from csp_jax.perturb import to_canvas
+from csp_jax.records import Item, Record
+from csp_jax.sharding import put_batch
+from csp_jax.text import Prompts
+
+SUBSETS = ("random", "popular", "adversarial", "attribute", "relation")
+
+
+@dataclasses.dataclass
+class Answers:
+    """What a model said to every item of a split (n items, two or more candidates each)."""
+
+    ids: list[str]
+    image_ids: list[str]
+    categories: list[str]
+    subsets: Bool[np.ndarray, "n subsets"]
+    truth: Int[np.ndarray, " n"]
+    greedy: Float[np.ndarray, "n candidates"]
+    expected: Float[np.ndarray, "n candidates"]
+    direct: Int[np.ndarray, " n"]
+    direct_log_probs: Float[np.ndarray, "n candidates"]
+
+    def save(self, file: Path) -> None:
+        """Write as npz (atomically)."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".partial.npz")
+        np.savez_compressed(
+            temporary,
+            ids=np.array(self.ids),
+            image_id=np.array(self.image_ids),
+            category=np.array(self.categories),
+            split_mask=self.subsets,
+            split_names=np.array(SUBSETS),
+            truth=self.truth,
+            confidence=self.expected,
+            greedy=self.greedy,
+            direct=self.direct,
+            direct_log_probs=self.direct_log_probs,
+        )
+        temporary.rename(file)
+
+
+class Scorer:
+    """A compiled scoring pass of one model over batches of one shape."""
+
+    def __init__(self, model: VisionLanguageModel, mesh: Mesh, dtype: jnp.dtype = jnp.float32):
+        self.mesh = mesh
+        graphdef, state = nnx.split(model)
+        self._state = jax.device_put(state, NamedSharding(mesh, P()))
+
+        def run(state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            model = nnx.merge(graphdef, state)
+            pixels = None if batch.canvas is None else model.normalize(to_canvas(batch.canvas))
+            scores = score(model, batch, pixels, dtype=dtype)
+            return scores.log_probs, scores.top_token
+
+        self._run = jax.jit(run)
+
+    def __call__(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Log-probabilities of all targets and the model's own tokens there, on the device."""
+        return self._run(self._state, put_batch(batch, self.mesh, leading=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneTrees:
+    """One record's prompt and the trees of its questions."""
+
+    record: Record
+    items: tuple[Item, ...]
+    questions: tuple[QuestionTree, ...]
+    sample: Sample
+
+
+def shared_prompt(asker: Asker, image_token: int) -> tuple[int, ...]:
+    """The tokens that every question about a picture begins with: up to the last slot and the token after it."""
+    tokens = asker.family.encode("x", None, asker.slots).tokens
+    last = max(number for number, token in enumerate(tokens) if token == image_token)
+    return tokens[: last + 1]
+
+
+def scene_trees(family: HostFamily, prompts: Prompts, record: Record, items: tuple[Item, ...]) -> SceneTrees:
+    """A record as one sample: its picture in the prompt, one group for each question."""
+    canvas = family.canvas(open_image(record.images[0], record.image_id))
+    picture = Picture(canvas, np.zeros(canvas.shape[:2], bool), 100.0, noise_identity(record.id))
+    asker = Asker(family, prompts, (family.image_tokens(canvas),))
+    prompt = shared_prompt(asker, family.image_token)
+    questions = tuple(question_tree(asker, item, len(prompt)) for item in items)
+    return SceneTrees(record, items, questions, Sample(prompt, (picture,), tuple(q.tree for q in questions)))
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def evaluation_shape(scenes: list[SceneTrees], rows: int) -> Shape:
+    """A shape that all scenes fit."""
+    trees = [question.tree for scene in scenes for question in scene.questions]
+    canvas = scenes[0].sample.pictures[0].canvas
+    groups = max(len(scene.questions) for scene in scenes)
+    return Shape(
+        rows=rows,
+        prompt=max(len(scene.sample.prompt) for scene in scenes),
+        groups=groups,
+        length=_round_up(max(len(tree.tokens) for tree in trees), 8),
+        targets=_round_up(max(len(tree.targets) for tree in trees), 8),
+        responses=groups,
+        pictures=1,
+        canvas=(canvas.shape[0], canvas.shape[1]),
+    )
+
+
+def evaluate(
+    model: VisionLanguageModel,
+    family: HostFamily,
+    prompts: Prompts,
+    source: ShardSource,
+    mesh: Mesh,
+    *,
+    limit: int = 0,
+    rows: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Answers:
+    """Ask a model every question of a split (its first `limit` records), each exactly once over all hosts."""
+    scorer = Scorer(model, mesh)
+    per_host = max(rows // jax.process_count(), 1)
+    records = [
+        record
+        for batch in evaluation_records(
+            source, batch_size=per_host, host_index=jax.process_index(), host_count=jax.process_count()
+        )
+        for record in batch
+    ]
+    records = records[: limit or None]
+    scenes = [
+        scene_trees(family, prompts, record, tuple(item for item in record.items if len(item.candidates) > 1))
+        for record in records
+        if record is not None
+    ]
+    if not scenes:
+        raise UserError("there is nothing to evaluate", file=source.directory, field="split", value=source.split)
+    shape = evaluation_shape(scenes, per_host)
+    found: list[tuple[Record, Item, Reading]] = []
+    for number, (chunk, result) in enumerate(_sweep(scorer, shape, scenes)):
+        log_probs, top = (np.asarray(x) for x in jax.device_get(result))
+        for row, scene in enumerate(chunk):
+            for group, (item, question) in enumerate(zip(scene.items, scene.questions, strict=True)):
+                at = slice(group * shape.targets, group * shape.targets + len(question.tree.targets))
+                found.append((scene.record, item, read_question(question, log_probs[row, at], top[row, at])))
+        if progress:
+            progress((number + 1) * per_host, len(scenes))
+    return collect(found)
+
+
+def _sweep(
+    scorer: Scorer, shape: Shape, scenes: list[SceneTrees]
+) -> Iterator[tuple[list[SceneTrees], tuple[jax.Array, jax.Array]]]:
+    """Score scenes in chunks; the next chunk is on its way before the last one is read."""
+    waiting: tuple[list[SceneTrees], tuple[jax.Array, jax.Array]] | None = None
+    for start in range(0, len(scenes), shape.rows):
+        chunk = scenes[start : start + shape.rows]
+        packer = Packer(shape)
+        for scene in chunk:
+            packer.add(scene.sample, share_rows=False)
+        result = scorer(packer.batch)
+        if waiting is not None:
+            yield waiting
+        waiting = (chunk, result)
+    if waiting is not None:
+        yield waiting
+
+
+def collect(found: list[tuple[Record, Item, Reading]]) -> Answers:
+    """Readings as arrays."""
+    items = [item for _, item, _ in found]
+    return Answers(
+        ids=[item.id for item in items],
+        image_ids=[record.image_id for record, _, _ in found],
+        categories=[item.category for item in items],
+        subsets=np.array([[name in item.subsets for name in SUBSETS] for item in items]),
+        truth=np.array([item.candidates.index(item.truth) for item in items]),
+        greedy=np.array([reading.greedy for _, _, reading in found]),
+        expected=np.array([reading.expected() for _, _, reading in found]),
+        direct=np.array([reading.direct for _, _, reading in found]),
+        direct_log_probs=np.array([reading.direct_log_probs for _, _, reading in found]),
+    )

@@ -1,0 +1,108 @@
+"""Checkpoints of a run: state and data iterator, written asynchronously, restored bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from grain.checkpoint import CheckpointRestore, CheckpointSave
+
+from csp_jax.errors import UserError
+from csp_jax.models.interface import VisionLanguageModel
+from csp_jax.models.registry import save_model
+
+
+def named_leaves(tree: Any) -> dict[str, jax.Array]:
+    """Every array of a state under a readable name."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, directory: Path, keep: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self.directory = directory.resolve()
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state: Any, iterator: Any) -> None:
+        """Start writing a checkpoint; the run goes on meanwhile."""
+        if self.manager.latest_step() == step:
+            return
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(named_leaves(state)), data=CheckpointSave(iterator)
+            ),
+        )
+
+    def restore(self, state: Any, iterator: Any) -> tuple[Any, int]:
+        """The newest checkpoint as `state` is shaped and sharded (or `state` itself), and its step."""
+        step = self.manager.latest_step()
+        if step is None:
+            return state, 0
+        wanted = jax.tree.map(_abstract, named_leaves(state))
+        self._check(step, wanted)
+        restored = self.manager.restore(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), data=CheckpointRestore(iterator)),
+        )
+        leaves = [restored["state"][name] for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves), step
+
+    def _check(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+        found = self.manager.item_metadata(step)["state"]
+        shapes = {name: tuple(value.shape) for name, value in found.items()} if found is not None else {}
+        for name, value in wanted.items():
+            if shapes.get(name) != value.shape:
+                raise UserError(
+                    f"the run's model has shape {value.shape} there",
+                    file=self.directory / str(step),
+                    field=name,
+                    value=shapes.get(name, "missing"),
+                    mend="The folder holds another model's checkpoints: choose another run.out",
+                )
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def export_model(directory: Path, model: VisionLanguageModel, source: Path) -> None:
+    """A folder in the hub's layout: weights, and configuration and tokenizer copied from the source folder.
+
+    It appears whole or not at all.
+    """
+    temporary = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and ".safetensors" not in file.name:
+            shutil.copy2(file, temporary / file.name)
+    save_model(temporary, model)
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+
+
+def read_json(file: Path) -> Any:
+    """A JSON file of a run folder."""
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"not JSON ({error})", file=file, mend="Delete it to start the run again") from None
+
+
+def state_arrays(state: nnx.State) -> list[np.ndarray]:
+    """Host copies of a state's values, in order (comparisons)."""
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]

@@ -1,0 +1,318 @@
+"""The one training loop: whatever the stage, batches go in, steps run, checkpoints come out.
+
+    data -> step -> late metrics -> checkpoint
+
+Nothing here waits for the device but the metrics of the step before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import yaml
+from flax import nnx
+
+from csp_jax.config import LossConfig, NoiseConfig, OptimizerConfig, TrainConfig, read_yaml
+from csp_jax.data.batch import Batch, Packer, Shape
+from csp_jax.data.recipe import RECIPES, Drawn
+from csp_jax.data.shards import ShardSource, record_dataset
+from csp_jax.errors import UserError
+from csp_jax.losses.interface import Loss
+from csp_jax.losses.sft import SftLoss
+from csp_jax.losses.simpo import SimpoLoss
+from csp_jax.models.hub import HubConfig
+from csp_jax.models.interface import VisionLanguageModel
+from csp_jax.models.registry import load_model, new_model
+from csp_jax.perturb import Schedule
+from csp_jax.sharding import compile_step, make_mesh, put_batch, rows_over_hosts, state_shardings
+from csp_jax.text import Prompts
+from csp_jax.train.checkpoint import Checkpoints, export_model
+from csp_jax.train.state import TrainState, decay_mask, new_state, split_model
+from csp_jax.train.step import make_step
+from csp_jax.train.telemetry import Telemetry
+
+WORLD_BASE = Path(__file__).parent.parent / "world" / "base"
+REMAT: dict[str, Callable | None] = {
+    "none": None,
+    "full": jax.checkpoint,
+    "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_saveable),
+}
+
+
+class Interrupted(Exception):
+    """The run was told to stop; its state is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """An accumulation window on the host: a batch with a leading axis of micro-batches, and the counts."""
+
+    batch: Batch
+    counts: Counter[str]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding: prompt, fed and scored."""
+        batch = self.batch
+        return int((batch.prompt_segment > 0).sum() + (batch.tokens > 0).sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Collate:
+    """Drawn samples -> a window; one sample a row."""
+
+    shape: Shape
+    accumulation: int
+
+    def __call__(self, drawn: list[Drawn]) -> Window:
+        counts: Counter[str] = Counter()
+        packers = [Packer(self.shape) for _ in range(self.accumulation)]
+        for number, item in enumerate(drawn):
+            counts.update(item.counts)
+            if item.sample is not None:
+                packers[number // self.shape.rows].add(item.sample, share_rows=False)
+        batches = [packer.batch for packer in packers]
+        arrays = {name: np.stack([getattr(b, name) for b in batches]) for name in Batch.ARRAYS}
+        return Window(Batch(**arrays, groups=self.shape.groups), counts)
+
+
+def make_loss(config: LossConfig) -> Loss:
+    """The configured loss."""
+    if config.name == "sft":
+        return SftLoss()
+    return SimpoLoss(
+        config.beta, config.simpo_gamma, config.nll_weight, config.label_smoothing, config.retention
+    )
+
+
+def make_schedule(config: NoiseConfig) -> Schedule:
+    """The configured noise."""
+    return Schedule(config.name, config.t_max, config.noise_gamma, config.floor)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW with warm-up, decay and clipping; norms and biases are not decayed."""
+    peak, warmup = config.learning_rate, math.ceil(config.warmup_ratio * steps)
+    last = peak * config.final_ratio
+    decay = max(steps - warmup, 1)
+    tail = {
+        "cosine": optax.cosine_decay_schedule(peak, decay, config.final_ratio),
+        "linear": optax.linear_schedule(peak, last, decay),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    schedule = optax.join_schedules([rise, tail], [warmup]) if warmup else tail
+    adam = optax.adamw(
+        schedule,
+        config.beta1,
+        config.beta2,
+        config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip), adam) if config.clip else adam
+
+
+def checkpoint_folder(name: str) -> Path:
+    """A model's folder; `world` is the base that ships with the package."""
+    folder = WORLD_BASE if name == "world" else Path(name)
+    if not folder.is_dir():
+        raise UserError(
+            "there is no such checkpoint folder", file=folder, mend="Give a folder in the hub's layout"
+        )
+    return folder
+
+
+def read_prompts(file: str) -> Prompts:
+    """The package's prompts or those of a YAML file."""
+    return Prompts.from_mapping(read_yaml(Path(file))) if file else Prompts()
+
+
+class Run:
+    """Everything that a configured run needs, made once."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.out = Path(config.run.out)
+        self.source_folder = checkpoint_folder(config.model.checkpoint)
+        self.mesh = make_mesh(config.parallel)
+        self.rows = rows_over_hosts(config.batch.rows, self.mesh)
+        self.source = ShardSource(config.data.shards, config.data.split)
+        self.steps = self._steps()
+        self.optimizer = make_optimizer(config.optimizer, self.steps)
+        model = self._model()
+        self.graphdef, _, _ = split_model(model, config.model.freeze)
+        state = new_state(model, self.optimizer, config.model.freeze)
+        self.shardings = state_shardings(self.mesh, state)
+        self.state: TrainState = jax.device_put(state, self.shardings)
+
+    def _steps(self) -> int:
+        config = self.config
+        records = min(config.data.limit or len(self.source), len(self.source))
+        per_step = config.batch.rows * config.batch.accumulation
+        return config.run.steps or max(int(config.run.epochs * records) // per_step, 1)
+
+    def _model(self) -> VisionLanguageModel:
+        dtype = jnp.dtype(self.config.model.param_dtype)
+        if self.config.model.random_init:
+            return new_model(HubConfig.read(self.source_folder), self.config.seed, dtype)
+        return load_model(self.source_folder, dtype=dtype)
+
+    def dataset(self) -> Any:
+        """The run's batches as a Grain data set."""
+        config = self.config
+        recipe = RECIPES[config.data.recipe.name](
+            config.data.recipe, str(self.source_folder), read_prompts(config.prompts), config.loss.name
+        )
+        sizes = config.data.recipe.shape
+        side = self._canvas(recipe.family)
+        shape = Shape(
+            self.rows, sizes.prompt, sizes.groups, sizes.length, sizes.targets, sizes.responses, 1, side
+        )
+        return record_dataset(
+            self.source,
+            batch_size=self.rows * config.batch.accumulation,
+            seed=config.seed,
+            host_index=jax.process_index(),
+            host_count=jax.process_count(),
+            num_workers=config.data.workers,
+            transform=recipe,
+            collate=Collate(shape, config.batch.accumulation),
+        )
+
+    @staticmethod
+    def _canvas(family: Any) -> tuple[int, int]:
+        return (family.size, family.size)
+
+    def step_function(self) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+        """The compiled training step."""
+        config = self.config
+        step = make_step(
+            self.graphdef,
+            make_loss(config.loss),
+            self.optimizer,
+            schedule=make_schedule(config.noise),
+            seed=config.seed,
+            dtype=jnp.dtype(config.model.dtype),
+            remat=REMAT[config.model.remat],
+        )
+        return compile_step(step, self.mesh, self.shardings)
+
+    def model(self) -> VisionLanguageModel:
+        """The model as it stands."""
+        return nnx.merge(self.graphdef, self.state.trainable, self.state.frozen)
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a request that the loop sees between two steps."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt  # asked twice: do not wait for the step
+        self.received = number
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def prepare_folder(config: TrainConfig) -> None:
+    """Write the configuration into the run folder, or refuse a folder of another run."""
+    out = Path(config.run.out)
+    file = out / "config.yaml"
+    values = config.model_dump(mode="json")
+    if file.exists():
+        before = read_yaml(file)
+        for section, value in values.items():
+            if section != "run" and before.get(section) != value:
+                raise UserError(
+                    "the folder holds a run with another configuration",
+                    file=file,
+                    field=section,
+                    value=before.get(section),
+                    mend="Choose another run.out or delete the folder",
+                )
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".partial")
+    temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+    temporary.rename(file)
+
+
+def train(config: TrainConfig, *, title: str = "train") -> Path:
+    """Run a configured training to its end, resuming what is there; returns the trained model's folder.
+
+    Raises Interrupted after SIGTERM or SIGINT, with the state saved.
+    """
+    final = Path(config.run.out) / "model"
+    prepare_folder(config)
+    if final.exists():
+        return final
+    run = Run(config)
+    iterator = iter(run.dataset())
+    checkpoints = Checkpoints(run.out / "checkpoints", config.run.keep)
+    try:
+        run.state, start = checkpoints.restore(run.state, iterator)
+        run_steps(run, iterator, checkpoints, start, title)
+    finally:
+        checkpoints.close()
+    export_model(final, run.model(), run.source_folder)
+    return final
+
+
+def run_steps(run: Run, iterator: Iterator[Window], checkpoints: Checkpoints, start: int, title: str) -> None:
+    """Steps `start`..`steps`; the metrics of a step are fetched while the next one runs."""
+    config = run.config.run
+    step_function = run.step_function()
+    telemetry = Telemetry(
+        run.out,
+        total=run.steps,
+        start=start,
+        title=title,
+        progress=config.progress,
+        log_every=config.log_every,
+    )
+    late: tuple[int, dict[str, jax.Array], Window] | None = None
+
+    def report(entry: tuple[int, dict[str, jax.Array], Window]) -> None:
+        number, metrics, window = entry
+        images = window.batch.canvas.shape[0] * window.batch.canvas.shape[1]
+        telemetry.log(number, jax.device_get(metrics), window.counts, window.tokens, images)
+
+    with telemetry, StopSignal() as stop:
+        for number in range(start + 1, run.steps + 1):
+            window = next(iterator)
+            batch = put_batch(window.batch, run.mesh)
+            with jax.transfer_guard("disallow"):
+                run.state, metrics = step_function(run.state, batch)
+            if late is not None:
+                report(late)
+            late = (number, metrics, window)
+            due = config.checkpoint_every and number % config.checkpoint_every == 0
+            if due or number == run.steps or stop.received is not None:
+                checkpoints.save(number, run.state, iterator)
+            if stop.received is not None:
+                break
+        if late is not None:
+            report(late)
+    if stop.received is not None and number < run.steps:
+        raise Interrupted(f"stopped after step {number} of {run.steps}; the same command goes on from there")

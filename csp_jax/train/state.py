@@ -1,0 +1,65 @@
+"""What a run is between two steps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jaxtyping import Array, Int
+
+from csp_jax.models.hub import flat_paths
+from csp_jax.models.interface import VisionLanguageModel
+
+
+@struct.dataclass
+class TrainState:
+    """Step, parameters that train, parameters that do not, optimizer state."""
+
+    step: Int[Array, ""]
+    trainable: nnx.State
+    frozen: nnx.State
+    optimizer: optax.OptState
+
+
+def split_model(
+    model: VisionLanguageModel, freeze: Sequence[str]
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Graph, trainable and frozen parameters; `freeze` are regular expressions on dotted paths.
+
+    What the model never reads is frozen too, so that it is neither decayed nor changed by a round trip.
+    """
+    patterns = [re.compile(pattern) for pattern in (*freeze, *(re.escape(path) for path in model.unused))]
+
+    def trains(path: tuple, value: nnx.Variable) -> bool:
+        name = ".".join(map(str, path))
+        return isinstance(value, nnx.Param) and not any(pattern.match(name) for pattern in patterns)
+
+    graphdef, trainable, *frozen = nnx.split(model, trains, ...)
+    return graphdef, trainable, frozen[0]
+
+
+def new_state(
+    model: VisionLanguageModel, optimizer: optax.GradientTransformation, freeze: Sequence[str]
+) -> TrainState:
+    """The state before the first step."""
+    _, trainable, frozen = split_model(model, freeze)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+
+
+def decay_mask(params: nnx.State) -> nnx.State:
+    """True for matrices: norms, biases and single vectors are not decayed."""
+    import jax
+
+    return jax.tree.map(
+        lambda v: v.replace(len(v.get_metadata().get("axes", ())) >= 2),
+        params,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+
+
+def parameter_count(state: nnx.State) -> int:
+    """Number of values in a state."""
+    return sum(variable.get_value().size for variable in flat_paths(state).values())

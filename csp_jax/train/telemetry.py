@@ -1,0 +1,89 @@
+"""What a run says while it runs: progress bar, JSONL and TensorBoard, one step late."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from tensorboardX import SummaryWriter
+
+
+class Telemetry:
+    """Writes `metrics.jsonl` and TensorBoard events; lines past the step it resumes from are dropped."""
+
+    def __init__(
+        self, directory: Path, *, total: int, start: int, title: str, progress: bool, log_every: int
+    ):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.file = directory / "metrics.jsonl"
+        self._truncate(start)
+        self._lines = self.file.open("a")
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None)
+        self.log_every, self.total = log_every, total
+        self._clock, self._counts = time.perf_counter(), Counter[str]()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            disable=not progress,
+            transient=True,
+        )
+        self._task = self._bar.add_task(title, total=total, completed=start, loss="-")
+
+    def _truncate(self, start: int) -> None:
+        if not self.file.exists():
+            return
+        kept = []
+        for line in self.file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= start:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                continue  # a line torn by a kill; the step is run again
+        self.file.write_text("".join(f"{line}\n" for line in kept))
+
+    def __enter__(self) -> Telemetry:
+        self._bar.start()
+        return self
+
+    def log(self, step: int, metrics: dict[str, Any], counts: Counter[str], tokens: int, images: int) -> None:
+        """Record a finished step; rates are over the time since the step before."""
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        self._counts.update(counts)
+        values = {name: float(value) for name, value in metrics.items()}
+        self._bar.update(self._task, completed=step, loss=f"{values['loss']:.4f}")
+        if step % self.log_every and step != self.total:
+            return
+        values |= {
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "images_per_second": images / seconds,
+        }
+        row = {"step": step, **values, **({"counts": dict(self._counts)} if self._counts else {})}
+        self._lines.write(json.dumps(row) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        self._lines.close()
+        self._board.close()

@@ -1,0 +1,151 @@
+"""Small LLaVA models, batches and folders that several test files share."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from csp_jax.data.batch import Batch, Packer, Picture, Sample, Shape
+from csp_jax.models.hub import HubConfig
+from csp_jax.models.llava import Llava
+from csp_jax.models.registry import new_model
+
+GOLDEN = Path(__file__).parent / "golden"
+IMAGE_TOKEN = 3
+SIDE, SLOTS = 28, 4  # of tiny canvases, and the picture slots that one fills
+
+
+def tiny_values(**text: Any) -> dict[str, Any]:
+    """`config.json` of a LLaVA with grouped queries, three decoder layers and a tower layer that is not used."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": IMAGE_TOKEN,
+        "image_seq_length": SLOTS,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 512,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": False,
+            **text,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": SIDE,
+            "patch_size": 14,
+            "projection_dim": 24,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+        },
+    }
+
+
+def shake(model: Llava, seed: int) -> Llava:
+    """Every leaf moved at random, so that biases, norms and tokens that start at 0 or 1 matter."""
+    graphdef, state = nnx.split(model)
+    leaves, structure = jax.tree.flatten(state)
+    generator = np.random.default_rng(seed)
+    moved = [
+        leaf + 0.1 * generator.standard_normal(leaf.shape).astype(np.float32) if leaf.size else leaf
+        for leaf in leaves
+    ]
+    return nnx.merge(graphdef, jax.tree.unflatten(structure, moved))
+
+
+def tiny_model(seed: int = 0, **text: Any) -> Llava:
+    """A random model of `tiny_values`."""
+    return shake(new_model(HubConfig(tiny_values(**text), Path("config.json")), seed), seed)
+
+
+def random_canvas(generator: np.random.Generator, side: int = SIDE) -> np.ndarray:
+    return generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+def random_picture(generator: np.random.Generator, confidence: float = 100.0) -> Picture:
+    """A picture whose left half may be buried."""
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[:, : SIDE // 2] = True
+    return Picture(random_canvas(generator), mask, confidence, int(generator.integers(2**32)))
+
+
+def pack(shape: Shape, samples: Iterable[Sample], *, share_rows: bool = True) -> Batch:
+    """A batch that must hold every sample."""
+    packer = Packer(shape)
+    for sample in samples:
+        assert packer.add(sample, share_rows=share_rows) is not None
+    return packer.batch
+
+
+def stack(batches: list[Batch]) -> Batch:
+    """Micro-batches as an accumulation window."""
+    arrays = {name: np.stack([getattr(batch, name) for batch in batches]) for name in Batch.ARRAYS}
+    return Batch(**arrays, groups=batches[0].groups)
+
+
+def change(batch: Batch, **arrays: Any) -> Batch:
+    return dataclasses.replace(batch, **arrays)
+
+
+def difference(a: Any, b: Any) -> float:
+    """Norm of the difference of two trees of arrays, relative to the norm of the second."""
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    gap = sum(float(np.sum((np.asarray(x, np.float64) - np.asarray(y, np.float64)) ** 2)) for x, y in pairs)
+    size = sum(float(np.sum(np.asarray(y, np.float64) ** 2)) for _, y in pairs)
+    return (gap / size) ** 0.5
+
+
+def word_tokenizer(words: Iterable[str] = (), image_token: int = IMAGE_TOKEN) -> Tokenizer:
+    """A byte-level tokenizer with a token for each word and `<image>` at a given number."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<unk>", "<s>", "</s>", *(f"<{n}>" for n in range(3, image_token)), "<image>"]
+    vocabulary = {name: number for number, name in enumerate([*names, *alphabet])}
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        letters = word.replace(" ", "Ġ")
+        for end in range(2, len(letters) + 1):
+            if letters[:end] not in vocabulary:
+                vocabulary[letters[:end]] = len(vocabulary)
+                merges.append((letters[: end - 1], letters[end - 1]))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d|%|\s|[^\s\d%]+"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def write_folder(folder: Path, values: dict[str, Any], tokenizer: Tokenizer) -> Path:
+    """A checkpoint folder without weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
