@@ -25,9 +25,7 @@ class Section(pydantic.BaseModel):
 class ModelConfig(Section):
     """Where the weights come from, and how they are held."""
 
-    checkpoint: str = (
-        "world"  # a folder in the hub's layout, or `world`: the base that ships with the package
-    )
+    checkpoint: str = "world"  # a folder in the hub's layout, or `world`: the base that ships with the package
     random_init: bool = False  # take config and tokenizer from the folder, but new random weights
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -57,7 +55,7 @@ class RecipeConfig(Section):
     clean: Fraction = 0.3
     distractor: Fraction = 0.5
     elsewhere: Fraction = 0.25
-    slot_weight: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    name_slots: bool = False  # name the object on every picture slot, for loss.grounding
     confidence_items: Count = 0
     confidence_levels: dict[int, Positive] = {}
     shape: ShapeConfig = ShapeConfig()
@@ -99,6 +97,7 @@ class LossConfig(Section):
     nll_weight: Annotated[float, pydantic.Field(ge=0)] = 0.0
     label_smoothing: Annotated[float, pydantic.Field(ge=0, lt=0.5)] = 0.0
     retention: Annotated[float, pydantic.Field(ge=0)] = 1.0
+    grounding: Annotated[float, pydantic.Field(ge=0)] = 0.0  # weight of naming picture slots
 
 
 class OptimizerConfig(Section):
@@ -179,9 +178,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
     for override in overrides:
         path, found, text = override.partition("=")
         if not found:
-            raise UserError(
-                "not a setting", value=override, mend="Write field=value, such as optimizer.clip=0.5"
-            )
+            raise UserError("not a setting", value=override, mend="Write field=value, such as optimizer.clip=0.5")
         node = result
         *parents, last = path.split(".")
         for part in parents:
@@ -195,9 +192,7 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
 SectionType = TypeVar("SectionType", bound=Section)
 
 
-def load_config(
-    kind: type[SectionType], file: Path | None, overrides: list[str] | None = None
-) -> SectionType:
+def load_config(kind: type[SectionType], file: Path | None, overrides: list[str] | None = None) -> SectionType:
     """A validated configuration from a YAML file and overrides."""
     values = apply_overrides(read_yaml(file) if file else {}, overrides or [])
     try:
@@ -211,3 +206,38 @@ def load_config(
             value=first.get("input"),
             mend="csp doctor --config lists every field with its range",
         ) from None
+
+
+class WorldSplits(Section):
+    """Scenes of each split of the demo's world."""
+
+    train: AtLeastOne = 3000
+    validation: AtLeastOne = 64
+    test: AtLeastOne = 128
+
+
+class DemoConfig(Section):
+    """`csp demo`: which stages run, on how much; the stages themselves are the files in configs/world."""
+
+    seeds: tuple[Count, ...] = (0,)
+    recipes: tuple[Literal["paper", "evidence"], ...] = ("paper", "evidence")
+    splits: WorldSplits = WorldSplits()
+    reading: Literal["expected", "greedy"] = "expected"
+    resamples: AtLeastOne = 1000
+    rows: AtLeastOne = 4  # scenes in an evaluation batch
+    overrides: tuple[str, ...] = ()  # of every stage, such as run.steps=2
+
+
+def describe_fields(kind: type[Section], prefix: str = "") -> list[dict[str, str]]:
+    """Every field of a configuration with its type and default, nested ones under dotted names."""
+    rows = []
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            rows += describe_fields(inner, f"{prefix}{name}.")
+        else:
+            limits = ", ".join(str(limit) for limit in field.metadata)
+            shown = getattr(inner, "__name__", str(inner)) if not getattr(inner, "__args__", ()) else str(inner)
+            text = shown.replace("typing.", "")
+            rows.append({"field": prefix + name, "type": text, "range": limits, "default": repr(field.default)})
+    return rows

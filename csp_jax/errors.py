@@ -32,3 +32,7 @@ class UserError(Exception):
         ).replace(" :", ":")
         text = f"{where} {problem}" if where else problem
         super().__init__(f"{text}. {mend}" if mend else text)
+
+
+class Interrupted(Exception):
+    """A run was told to stop; what it had done is saved, and the same command goes on from there."""

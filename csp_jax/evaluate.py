@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
 from csp_jax.calibration.protocols import QuestionTree, Reading, question_tree, read_question
-from csp_jax.data.batch import Batch, Packer, Picture, Sample, Shape
+from csp_jax.data.batch import Batch, Packer, Picture, Sample, Shape, Tree
 from csp_jax.data.recipe import Asker, noise_identity
 from csp_jax.data.shards import ShardSource, evaluation_records
 from csp_jax.errors import UserError
@@ -63,6 +63,22 @@ class Answers:
         )
         temporary.rename(file)
 
+    @classmethod
+    def load(cls, file: Path) -> Answers:
+        """Read what `save` wrote."""
+        with np.load(file) as found:
+            return cls(
+                ids=found["ids"].tolist(),
+                image_ids=found["image_id"].tolist(),
+                categories=found["category"].tolist(),
+                subsets=found["split_mask"],
+                truth=found["truth"],
+                greedy=found["greedy"],
+                expected=found["confidence"],
+                direct=found["direct"],
+                direct_log_probs=found["direct_log_probs"],
+            )
+
 
 class Scorer:
     """A compiled scoring pass of one model over batches of one shape."""
@@ -95,10 +111,10 @@ class SceneTrees:
     sample: Sample
 
 
-def shared_prompt(asker: Asker, image_token: int) -> tuple[int, ...]:
-    """The tokens that every question about a picture begins with: up to the last slot and the token after it."""
+def shared_prompt(asker: Asker) -> tuple[int, ...]:
+    """The tokens that every question about a picture begins with: up to the last picture slot."""
     tokens = asker.family.encode("x", None, asker.slots).tokens
-    last = max(number for number, token in enumerate(tokens) if token == image_token)
+    last = max(number for number, token in enumerate(tokens) if token == asker.family.image_token)
     return tokens[: last + 1]
 
 
@@ -107,7 +123,7 @@ def scene_trees(family: HostFamily, prompts: Prompts, record: Record, items: tup
     canvas = family.canvas(open_image(record.images[0], record.image_id))
     picture = Picture(canvas, np.zeros(canvas.shape[:2], bool), 100.0, noise_identity(record.id))
     asker = Asker(family, prompts, (family.image_tokens(canvas),))
-    prompt = shared_prompt(asker, family.image_token)
+    prompt = shared_prompt(asker)
     questions = tuple(question_tree(asker, item, len(prompt)) for item in items)
     return SceneTrees(record, items, questions, Sample(prompt, (picture,), tuple(q.tree for q in questions)))
 
@@ -116,14 +132,14 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def evaluation_shape(scenes: list[SceneTrees], rows: int) -> Shape:
-    """A shape that all scenes fit."""
-    trees = [question.tree for scene in scenes for question in scene.questions]
-    canvas = scenes[0].sample.pictures[0].canvas
-    groups = max(len(scene.questions) for scene in scenes)
+def shape_of(samples: Sequence[Sample], rows: int) -> Shape:
+    """A shape that samples of merged trees all fit, one a row."""
+    trees = [group for sample in samples for group in sample.groups if isinstance(group, Tree)]
+    canvas = samples[0].pictures[0].canvas
+    groups = max(len(sample.groups) for sample in samples)
     return Shape(
         rows=rows,
-        prompt=max(len(scene.sample.prompt) for scene in scenes),
+        prompt=max(len(sample.prompt) for sample in samples),
         groups=groups,
         length=_round_up(max(len(tree.tokens) for tree in trees), 8),
         targets=_round_up(max(len(tree.targets) for tree in trees), 8),
@@ -162,7 +178,7 @@ def evaluate(
     ]
     if not scenes:
         raise UserError("there is nothing to evaluate", file=source.directory, field="split", value=source.split)
-    shape = evaluation_shape(scenes, per_host)
+    shape = shape_of([scene.sample for scene in scenes], per_host)
     found: list[tuple[Record, Item, Reading]] = []
     for number, (chunk, result) in enumerate(_sweep(scorer, shape, scenes)):
         log_probs, top = (np.asarray(x) for x in jax.device_get(result))
@@ -173,6 +189,18 @@ def evaluate(
         if progress:
             progress((number + 1) * per_host, len(scenes))
     return collect(found)
+
+
+def ask_record(
+    model: VisionLanguageModel, family: HostFamily, prompts: Prompts, record: Record, item: Item, mesh: Mesh
+) -> Reading:
+    """What a model says to one question about one record's picture."""
+    scene = scene_trees(family, prompts, record, (item,))
+    packer = Packer(shape_of([scene.sample], 1))
+    packer.add(scene.sample)
+    log_probs, top = (np.asarray(x)[0] for x in Scorer(model, mesh)(packer.batch))
+    edges = len(scene.questions[0].tree.targets)
+    return read_question(scene.questions[0], log_probs[:edges], top[:edges])
 
 
 def _sweep(

@@ -32,15 +32,21 @@ class Schedule:
     floor: float = 0.0066
 
     def steps(self, confidence: Float[Array, "..."]) -> Float[Array, "..."]:
-        """`T_c = floor(t_max (1 - c / 100))`, in exact arithmetic for integer percents."""
-        return jnp.floor((self.t_max * (100.0 - confidence)) / 100.0)
+        """`T_c = floor(t_max (1 - c / 100))`, exact for integer percents.
+
+        A compiler may divide by multiplying with the rounded reciprocal, so the quotient is put right afterwards.
+        """
+        hundredfold = self.t_max * (100.0 - confidence)
+        steps = jnp.floor(hundredfold / 100.0)
+        steps = jnp.where(steps * 100.0 > hundredfold, steps - 1.0, steps)
+        return jnp.where((steps + 1.0) * 100.0 <= hundredfold, steps + 1.0, steps)
 
     def alpha_bar(self, confidence: Float[Array, "..."]) -> Float[Array, "..."]:
         """The share of signal variance that confidence (percent) leaves, in [0, 1]; 1 at 100%."""
         if self.name == "none":
             return jnp.ones_like(confidence)
         if self.name == "linear":
-            return self.floor + (1 - self.floor) * confidence / 100.0
+            return 1.0 - (1 - self.floor) * (100.0 - confidence) / 100.0  # exactly 1 at 100%
         steps = self.steps(confidence)
         if self.name == "constant":
             return jnp.exp(steps * jnp.log1p(-self.noise_gamma))
@@ -54,8 +60,8 @@ class Schedule:
 
 
 def to_canvas(image: UInt8[Array, "..."]) -> Float[Array, "..."]:
-    """Bytes -> [-1, 1]."""
-    return image.astype(jnp.float32) / 127.5 - 1.0
+    """Bytes -> [-1, 1], in one rounding: the same bits in whichever program they are computed."""
+    return (image.astype(jnp.float32) * 2.0 - 255.0) * (1 / 255.0)
 
 
 def bury(

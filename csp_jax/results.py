@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,10 @@ from csp_jax.calibration.bootstrap import Interval, bootstrap, over_seeds
 from csp_jax.calibration.presets import Sweep, SweepScores, conventions, csp_scores, get_preset, make_sweep
 from csp_jax.evaluate import SUBSETS, Answers
 
-READING = Literal["expected", "greedy"]
+READINGS = {
+    "expected": "mean of the exact distribution over the answers 0%..100% (greedy text beside it as greedy_ metrics)",
+    "greedy": "the percentage that greedy decoding says",
+}
 PRESET, BINS, LEVEL = "csp-classwise", 10, 0.95
 Row = dict[str, Any]
 
@@ -99,7 +102,14 @@ def result_rows(
         n = int(column.sum())
         common = {"model": model, "recipe": recipe, "split": split}
         rows += [
-            {**common, "metric": name, "value": _finite(i.value), "low": _finite(i.low), "high": _finite(i.high), "n": n}
+            {
+                **common,
+                "metric": name,
+                "value": _finite(i.value),
+                "low": _finite(i.low),
+                "high": _finite(i.high),
+                "n": n,
+            }
             for name, i in found.items()
         ]
         if split != "mean":
@@ -146,9 +156,7 @@ class MeanScores:
         return {**found, **{f"delta_{name}": found[name] - reference[name] for name in found}}
 
 
-def _mean_scores(
-    runs: Sequence[Answers], base: Answers | None, reading: str, resamples: int
-) -> dict[str, Interval]:
+def _mean_scores(runs: Sequence[Answers], base: Answers | None, reading: str, resamples: int) -> dict[str, Interval]:
     everything = np.ones(len(runs[0].truth), bool)
     masks = jnp.asarray(runs[0].subsets, jnp.float32)
     reference = () if base is None else (_said(base, reading, everything),)

@@ -226,9 +226,7 @@ def without_columns(data: bytes, *names: str) -> bytes:
 
 def test_an_older_minor_version_is_read_with_defaults(tmp_path):
     record = make_record(items=3)
-    data = without_columns(
-        encode(record), "items/rejected", "items/subsets", "items/subsets_count", "regions/image"
-    )
+    data = without_columns(encode(record), "items/rejected", "items/subsets", "items/subsets_count", "regions/image")
     expected = dataclasses.replace(
         record,
         regions=tuple(dataclasses.replace(region, image=0) for region in record.regions),
@@ -483,9 +481,7 @@ print(len(stored_records(root)))
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(tmp_path):
-    done = run_script(
-        FULL_DISK, tmp_path, Path(__file__).parent, prefix=("unshare", "--map-root-user", "--mount")
-    )
+    done = run_script(FULL_DISK, tmp_path, Path(__file__).parent, prefix=("unshare", "--map-root-user", "--mount"))
     if "mounted" not in done.stdout:
         pytest.skip(f"this machine does not let us mount a small file system: {done.stderr.strip()[-200:]}")
     assert done.returncode == 0, done.stderr

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
 from csp_jax.data.batch import Batch, Packer, Picture, Sample, Shape
+from csp_jax.losses.logprobs import Scores, score
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.llava import Llava
 from csp_jax.models.registry import new_model
@@ -70,8 +71,7 @@ def shake(model: Llava, seed: int) -> Llava:
     leaves, structure = jax.tree.flatten(state)
     generator = np.random.default_rng(seed)
     moved = [
-        leaf + 0.1 * generator.standard_normal(leaf.shape).astype(np.float32) if leaf.size else leaf
-        for leaf in leaves
+        leaf + 0.05 * generator.standard_normal(leaf.shape).astype(np.float32) if leaf.size else leaf for leaf in leaves
     ]
     return nnx.merge(graphdef, jax.tree.unflatten(structure, moved))
 
@@ -79,6 +79,13 @@ def shake(model: Llava, seed: int) -> Llava:
 def tiny_model(seed: int = 0, **text: Any) -> Llava:
     """A random model of `tiny_values`."""
     return shake(new_model(HubConfig(tiny_values(**text), Path("config.json")), seed), seed)
+
+
+def jitted_score(model: Llava, batch: Batch, pixels: Any) -> Scores:
+    """`losses.logprobs.score`, compiled."""
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, batch, pixels: score(nnx.merge(graphdef, state), batch, pixels))
+    return run(state, batch, pixels)
 
 
 def random_canvas(generator: np.random.Generator, side: int = SIDE) -> np.ndarray:
@@ -116,31 +123,6 @@ def difference(a: Any, b: Any) -> float:
     gap = sum(float(np.sum((np.asarray(x, np.float64) - np.asarray(y, np.float64)) ** 2)) for x, y in pairs)
     size = sum(float(np.sum(np.asarray(y, np.float64) ** 2)) for _, y in pairs)
     return (gap / size) ** 0.5
-
-
-def word_tokenizer(words: Iterable[str] = (), image_token: int = IMAGE_TOKEN) -> Tokenizer:
-    """A byte-level tokenizer with a token for each word and `<image>` at a given number."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<unk>", "<s>", "</s>", *(f"<{n}>" for n in range(3, image_token)), "<image>"]
-    vocabulary = {name: number for number, name in enumerate([*names, *alphabet])}
-    merges: list[tuple[str, str]] = []
-    for word in words:
-        letters = word.replace(" ", "Ġ")
-        for end in range(2, len(letters) + 1):
-            if letters[:end] not in vocabulary:
-                vocabulary[letters[:end]] = len(vocabulary)
-                merges.append((letters[: end - 1], letters[end - 1]))
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\d|%|\s|[^\s\d%]+"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer
 
 
 def write_folder(folder: Path, values: dict[str, Any], tokenizer: Tokenizer) -> Path:

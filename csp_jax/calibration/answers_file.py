@@ -48,9 +48,7 @@ class _Place:
     path: Path
     line: int
 
-    def error(
-        self, problem: str, field: str | None = None, value: object = None, mend: str | None = None
-    ) -> UserError:
+    def error(self, problem: str, field: str | None = None, value: object = None, mend: str | None = None) -> UserError:
         return UserError(problem, file=f"{self.path}:{self.line}", field=field, value=value, mend=mend)
 
 
@@ -85,30 +83,22 @@ def _rows(path: Path) -> Iterator[tuple[_Place, dict[str, Any]]]:
         try:
             row = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_refuse_twice)
         except (ValueError, RecursionError) as error:
-            raise place.error(
-                f"is not valid JSON ({error})", mend=f"Write one object a line, as {_EXAMPLE}"
-            ) from error
+            raise place.error(f"is not valid JSON ({error})", mend=f"Write one object a line, as {_EXAMPLE}") from error
         if not isinstance(row, dict):
-            raise place.error(
-                "is not a JSON object", value=row, mend=f"Write one object a line, as {_EXAMPLE}"
-            )
+            raise place.error("is not a JSON object", value=row, mend=f"Write one object a line, as {_EXAMPLE}")
         yield place, row
 
 
 def _field(place: _Place, row: dict[str, Any], name: str) -> Any:
     if name not in row:
-        raise place.error(
-            "is missing", name, mend=f"Every line needs id, confidence and correct, as {_EXAMPLE}"
-        )
+        raise place.error("is missing", name, mend=f"Every line needs id, confidence and correct, as {_EXAMPLE}")
     return row[name]
 
 
 def _name(place: _Place, row: dict[str, Any], field: str) -> str | int:
     value = _field(place, row, field)
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise place.error(
-            "is not a text or a whole number", field, value, f"Give each line's {field} as a text"
-        )
+        raise place.error("is not a text or a whole number", field, value, f"Give each line's {field} as a text")
     return value
 
 
@@ -130,9 +120,7 @@ def _confidence(place: _Place, row: dict[str, Any], percent: bool) -> tuple[floa
     number = _number(place, "confidence", value, f"Give a number in {scale}")
     if not 0 <= number <= (100 if percent else 1):
         hint = "" if percent or not 1 < number <= 100 else "; for percents use --percent"
-        raise place.error(
-            f"is outside {scale}", "confidence", row["confidence"], f"Give a number in {scale}{hint}"
-        )
+        raise place.error(f"is outside {scale}", "confidence", row["confidence"], f"Give a number in {scale}{hint}")
     return number, percent
 
 
@@ -173,9 +161,7 @@ def read_answers(path: str | Path, *, percent: bool = False) -> Answers:
     if not correct:
         raise UserError("has no answers", file=path, mend=f"Write one object a line, as {_EXAMPLE}")
     if not any(weight):
-        raise UserError(
-            "all weights are 0", file=path, field="weight", mend="Give at least one answer a weight"
-        )
+        raise UserError("all weights are 0", file=path, field="weight", mend="Give at least one answer a weight")
     return Answers(
         list(first_lines),
         _column(confidences),
@@ -215,7 +201,7 @@ def metrics_of_file(
     answers = read_answers(path, percent=percent)
     binning = get_preset(preset).binning
     pairs = make_pairs(answers.confidence, answers.correct, bins, binning)
-    statistic = PairScores(bins, binning)
+    statistic = PairScores(bins, bin_count(bins, binning))
     options: dict[str, Any] = {"resamples": resamples, "level": level, "seed": seed}
     found = bootstrap(statistic, pairs, clusters=answers.image_ids, weight=answers.weight, **options)
     sums = metrics.bin_sums(answers.confidence, answers.correct, answers.weight, bins=bins, binning=binning)
@@ -223,7 +209,7 @@ def metrics_of_file(
         "n": len(answers.ids),
         "weight": float(answers.weight.sum()),
         **{name: interval.value for name, interval in found.items()},
-        "null_ece": null_ece_of(pairs, bin_count(bins, binning), seed, weight=answers.weight),
+        "null_ece": null_ece_of(pairs, statistic.rows, seed, weight=answers.weight),
         "base_rate": found["accuracy"].value,
         "best_constant_brier": float(metrics.best_constant_brier(answers.correct, answers.weight)),
         **conventions(preset, bins, level, resamples),

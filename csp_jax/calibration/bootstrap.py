@@ -60,9 +60,7 @@ def _cluster_counts(key: jax.Array, clusters: Int[jax.Array, ""], slots: int) ->
 def _mapped(function: Callable[[jax.Array], Any], count: int) -> Any:
     """The function of 0 ... count - 1 in whole batches: a ragged last one would be compiled once more."""
     whole = -(-count // _BATCH) * _BATCH
-    return jax.tree.map(
-        lambda leaf: leaf[:count], jax.lax.map(function, jnp.arange(whole), batch_size=_BATCH)
-    )
+    return jax.tree.map(lambda leaf: leaf[:count], jax.lax.map(function, jnp.arange(whole), batch_size=_BATCH))
 
 
 @partial(jax.jit, static_argnames=("statistic", "resamples"))
@@ -100,9 +98,7 @@ def _draw(
     names = np.arange(n) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
     if names.shape != (n,):
         raise ValueError(f"{names.shape[0]} cluster ids for {n} examples")
-    stacked = jax.tree.map(
-        lambda *leaves: _padded(np.stack([np.asarray(leaf) for leaf in leaves]), 1), *datasets
-    )
+    stacked = jax.tree.map(lambda *leaves: _padded(np.stack([np.asarray(leaf) for leaf in leaves]), 1), *datasets)
     weight = np.ones(n, np.float32) if weight is None else np.asarray(weight, np.float32)
     count = jnp.int32(names.max(initial=0) + 1)
     arguments = (stacked, _padded(weight), _padded(names.astype(np.int32)), count, jax.random.key(seed))

@@ -126,9 +126,7 @@ def bin_sums(
 ) -> BinSums:
     """Sums per equal-width bin; integer `confidence` = whole percents, floating = probabilities."""
     index = bin_index(confidence, bins, binning)
-    return sums_at(
-        index, percents(confidence), correct, weights(weight, confidence), bin_count(bins, binning)
-    )
+    return sums_at(index, percents(confidence), correct, weights(weight, confidence), bin_count(bins, binning))
 
 
 def score_sums(
@@ -276,9 +274,7 @@ def brier_split(bins: BinSums, scores: ScoreSums) -> BrierSplit:
     resolution = ratio(((observed - base) ** 2 * bins.weight).sum(), total)
     uncertainty = base * (1 - base)
     refinement = uncertainty - resolution
-    return BrierSplit(
-        reliability, resolution, uncertainty, refinement, brier(scores) - reliability - refinement
-    )
+    return BrierSplit(reliability, resolution, uncertainty, refinement, brier(scores) - reliability - refinement)
 
 
 def best_constant_brier(outcomes: Shaped[Array, " n"], weight: Float[Array, " n"] | None = None) -> jax.Array:
@@ -303,9 +299,7 @@ def precision_recall_f1(
     """Scores of the positive class (1 in both arrays); 0 if none is predicted or present, as in sklearn."""
     weight = weights(weight, predicted)
     said, true = masked(predicted, weight), masked(actual, weight)
-    hits, said_total, true_total = (
-        jnp.vdot(weight, term, precision="highest") for term in (said * true, said, true)
-    )
+    hits, said_total, true_total = (jnp.vdot(weight, term, precision="highest") for term in (said * true, said, true))
     return Detection(
         ratio(hits, said_total, 0.0),
         ratio(hits, true_total, 0.0),

@@ -80,10 +80,10 @@ class Sweep:
 
 @dataclass(frozen=True)
 class SweepScores:
-    """The statistic of a candidate sweep."""
+    """The statistic of a candidate sweep; `rows` as `bin_count(bins, binning)` says."""
 
     bins: int = 10
-    binning: Binning = "right_closed"
+    rows: int = 10
 
     def __call__(self, sweep: Sweep, weight: Float[Array, " n"]) -> dict[str, jax.Array]:
         detection = metrics.precision_recall_f1(sweep.predicted, sweep.actual, weight)
@@ -95,7 +95,7 @@ class SweepScores:
             "precision": detection.precision,
             "recall": detection.recall,
             "f1": detection.f1,
-            **calibration_scores(sweep.pairs, weight, bin_count(self.bins, self.binning), self.bins),
+            **calibration_scores(sweep.pairs, weight, self.rows, self.bins),
             "auc_correctness": ranking.auroc(*top),
             "auc_classwise": ranking.auroc(*classwise),
             "auprc": ranking.average_precision(*classwise),
@@ -210,7 +210,7 @@ def csp_scores(
     convention = get_preset(preset)
     arguments: dict[str, Any] = {"positive": positive, "preset": preset, "bins": bins, "percent": percent}
     sweep = make_sweep(confidence, truth_index, **arguments)
-    statistic = SweepScores(bins, convention.binning)
+    statistic = SweepScores(bins, bin_count(bins, convention.binning))
     found = bootstrap(statistic, sweep, clusters=image_ids, resamples=resamples, level=level, seed=seed)
     n = int(sweep.top.shape[0])
     outcome = np.asarray(sweep.pairs.outcome, np.float64)
@@ -219,7 +219,7 @@ def csp_scores(
         **{name: interval.value for name, interval in found.items()},
         "ties": int(sweep.tie.sum()),
         "unparsable": int(sweep.unparsable.sum()),
-        "null_ece": null_ece_of(sweep.pairs, bin_count(bins, convention.binning), seed),
+        "null_ece": null_ece_of(sweep.pairs, statistic.rows, seed),
         "base_rate": float(outcome.mean()),
         "best_constant_brier": float(metrics.best_constant_brier(outcome)),
         "positive": positive,
@@ -248,10 +248,8 @@ def csp_difference(
         make_sweep(table, truth_index, positive=positive, preset=preset, bins=bins, percent=percent)
         for table in (first, second)
     ]
-    statistic = SweepScores(bins, get_preset(preset).binning)
-    return paired_difference(
-        statistic, *made, clusters=image_ids, resamples=resamples, level=level, seed=seed
-    )
+    statistic = SweepScores(bins, bin_count(bins, get_preset(preset).binning))
+    return paired_difference(statistic, *made, clusters=image_ids, resamples=resamples, level=level, seed=seed)
 
 
 def csp_over_seeds(
@@ -269,8 +267,7 @@ def csp_over_seeds(
 ) -> dict[str, Interval]:
     """Scores averaged over training seeds, with intervals over images and seeds; see `csp_scores`."""
     made = [
-        make_sweep(table, truth_index, positive=positive, preset=preset, bins=bins, percent=percent)
-        for table in runs
+        make_sweep(table, truth_index, positive=positive, preset=preset, bins=bins, percent=percent) for table in runs
     ]
-    statistic = SweepScores(bins, get_preset(preset).binning)
+    statistic = SweepScores(bins, bin_count(bins, get_preset(preset).binning))
     return over_seeds(statistic, made, clusters=image_ids, resamples=resamples, level=level, seed=seed)

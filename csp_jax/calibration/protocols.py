@@ -100,32 +100,41 @@ class Reading:
     direct_log_probs: Float[np.ndarray, " candidates"]
 
     def expected(self) -> Float[np.ndarray, " candidates"]:
-        """Mean confidence in [0, 1] of the distribution over the 101 answers."""
-        total = self.distribution.sum(axis=1)
-        return self.distribution @ np.arange(101) / 100 / np.maximum(total, 1e-30)
+        """Mean confidence in [0, 1] in each candidate."""
+        return expected_confidence(self.distribution)
+
+
+def expected_confidence(distribution: Float[np.ndarray, "... 101"]) -> Float[np.ndarray, "..."]:
+    """Mean of a distribution over the answers 0%..100%, in [0, 1], given that one of them is said."""
+    return distribution @ np.arange(101) / 100 / np.maximum(distribution.sum(axis=-1), 1e-30)
+
+
+def _choice(
+    tree: EdgeTree, asker: Asker, question: str, answers: tuple[str, ...], shared: int, *, end_scored: bool
+) -> Choice:
+    paths = []
+    for answer in answers:
+        encoded = asker.family.encode(question, answer, asker.slots)
+        tokens = encoded.tokens[shared:]
+        begin = encoded.answer.index(True) - shared
+        paths.append(tuple(tree.add(tokens, begin, None if end_scored else len(tokens) - 1)))
+    return Choice(answers, tuple(paths))
+
+
+def confidence_choice(
+    tree: EdgeTree, asker: Asker, question: str, response: str, shared: int, shots: Shots = ()
+) -> Choice:
+    """Insert the confidence query about a response and its 101 answers, without the end mark."""
+    query = asker.prompts.ask_confidence(question, response, shots)
+    return _choice(tree, asker, query, CONFIDENCE_ANSWERS, shared, end_scored=False)
 
 
 def question_tree(asker: Asker, item: Item, shared: int, shots: Shots = ()) -> QuestionTree:
     """The tree of an item; `shared` tokens of every sequence are the prompt's and are cut off."""
     tree = EdgeTree()
-
-    def insert(question: str, answers: tuple[str, ...], end_scored: bool) -> Choice:
-        paths = []
-        for answer in answers:
-            encoded = asker.family.encode(question, answer, asker.slots)
-            tokens = encoded.tokens[shared:]
-            begin = encoded.answer.index(True) - shared
-            paths.append(tuple(tree.add(tokens, begin, None if end_scored else len(tokens) - 1)))
-        return Choice(answers, tuple(paths))
-
-    direct = insert(asker.prompts.ask(item.question), item.candidates, end_scored=True)
+    direct = _choice(tree, asker, asker.prompts.ask(item.question), item.candidates, shared, end_scored=True)
     confidence = tuple(
-        insert(
-            asker.prompts.ask_confidence(item.question, candidate, shots),
-            CONFIDENCE_ANSWERS,
-            end_scored=False,
-        )
-        for candidate in item.candidates
+        confidence_choice(tree, asker, item.question, candidate, shared, shots) for candidate in item.candidates
     )
     return QuestionTree(tree.tree, direct, confidence)
 
@@ -136,9 +145,7 @@ def read_question(
     """The scores of a question's edges as what the model says."""
     tokens = np.array([target[0] for target in question.tree.targets])
     said = [choice.greedy(tokens, top) for choice in question.confidence]
-    texts = [
-        "" if number is None else choice.texts[number] for number, choice in zip(said, question.confidence)
-    ]
+    texts = ["" if number is None else choice.texts[number] for number, choice in zip(said, question.confidence)]
     values = [parse_confidence(text) for text in texts]
     direct = question.direct.greedy(tokens, top)
     return Reading(

@@ -230,9 +230,7 @@ def outcome_correlation(
     )
 
 
-def _discordant(
-    rank_y: Int[jax.Array, " n"], share: Float[jax.Array, " n"], levels: int
-) -> Float[jax.Array, ""]:
+def _discordant(rank_y: Int[jax.Array, " n"], share: Float[jax.Array, " n"], levels: int) -> Float[jax.Array, ""]:
     """Sum of share_i share_j over pairs i < j with rank_y[i] > rank_y[j], ranks below 2**levels.
 
     Such a pair first differs at one bit, where i has 1 and j has 0 under equal higher bits; so one stable
@@ -243,9 +241,7 @@ def _discordant(
         order = jnp.argsort(rank_y >> (level + 1), stable=True)
         high, sorted_share = rank_y[order] >> (level + 1), share[order]
         bit = (rank_y[order] >> level) & 1
-        running = jnp.concatenate(
-            [jnp.zeros(1, jnp.float32), jnp.cumsum(jnp.where(bit == 1, sorted_share, 0))]
-        )
+        running = jnp.concatenate([jnp.zeros(1, jnp.float32), jnp.cumsum(jnp.where(bit == 1, sorted_share, 0))])
         start = jnp.searchsorted(high, high, side="left")
         return jnp.where(bit == 0, sorted_share * (running[:-1] - running[start]), 0).sum()
 
@@ -272,9 +268,7 @@ def kendall_tau_b(
     groups_x, groups_y = tie_groups(x), tie_groups(y)
     # Ranks of a pair of columns, as one column: (x group, y group) by position.
     both = jnp.stack([groups_x.start[order], groups_y.start[order]])
-    changes = jnp.concatenate(
-        [jnp.zeros(1, jnp.int32), (both[:, 1:] != both[:, :-1]).any(0).astype(jnp.int32)]
-    )
+    changes = jnp.concatenate([jnp.zeros(1, jnp.int32), (both[:, 1:] != both[:, :-1]).any(0).astype(jnp.int32)])
     tied_both = _tied_pairs(share[order], tie_groups(jnp.cumsum(changes)))
     tied_x, tied_y = _tied_pairs(share, groups_x), _tied_pairs(share, groups_y)
     concordant = 1 - tied_x - tied_y + tied_both - discordant

@@ -32,9 +32,7 @@ def _checked(
     p, y = np.asarray(confidence, np.float64), np.asarray(outcome, np.float64)
     w = np.ones_like(p) if weight is None else np.asarray(weight, np.float64)
     if not p.shape == y.shape == w.shape or p.ndim != 1:
-        raise ValueError(
-            f"confidence {p.shape}, outcome {y.shape}, weight {w.shape}: three vectors of one length"
-        )
+        raise ValueError(f"confidence {p.shape}, outcome {y.shape}, weight {w.shape}: three vectors of one length")
     keep = w > 0
     p, y, w = p[keep], y[keep], w[keep]
     if not p.size:
@@ -110,9 +108,7 @@ def fit_platt(
         return _mean_nll(ab[0] * z + ab[1], target, w), np.array([(error * z).sum(), error.sum()])
 
     start = np.array([0.0, np.log((positives + 1) / (negatives + 1))])
-    found = optimize.minimize(
-        loss, start, jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-10}
-    )
+    found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-10})
     return Scaling(float(found.x[0]), float(found.x[1]))
 
 

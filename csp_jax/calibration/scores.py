@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from csp_jax.calibration import metrics, ranking, smooth
-from csp_jax.calibration.binning import Binning, bin_count, bin_index, percents, probabilities
+from csp_jax.calibration.binning import Binning, bin_index, percents, probabilities
 from csp_jax.calibration.metrics import Array
 
 
@@ -41,9 +41,7 @@ def make_pairs(
     )
 
 
-def calibration_scores(
-    pairs: Pairs, weight: Float[Array, " n"], rows: int, bins: int
-) -> dict[str, jax.Array]:
+def calibration_scores(pairs: Pairs, weight: Float[Array, " n"], rows: int, bins: int) -> dict[str, jax.Array]:
     """ECE and its relatives, Brier and its split, NLL; `rows` bins in the sums, `bins` of equal mass."""
     weight = metrics.weights(weight, pairs.probability)
     binned = metrics.sums_at(pairs.index, pairs.percent, pairs.outcome, weight, rows)
@@ -88,17 +86,16 @@ def selection_scores(
 
 @dataclass(frozen=True)
 class PairScores:
-    """The statistic of plain (confidence, right or wrong) answers."""
+    """The statistic of (confidence, right or wrong) answers; `rows` as `bin_count(bins, binning)` says."""
 
     bins: int = 10
-    binning: Binning = "right_closed"
+    rows: int = 10
 
     def __call__(self, pairs: Pairs, weight: Float[Array, " n"]) -> dict[str, jax.Array]:
-        rows = bin_count(self.bins, self.binning)
         order = (pairs.percent, pairs.outcome, weight, ranking.tie_groups(pairs.percent))
         return {
             "accuracy": metrics.accuracy(metrics.score_sums(pairs.probability, pairs.outcome, weight)),
-            **calibration_scores(pairs, weight, rows, self.bins),
+            **calibration_scores(pairs, weight, self.rows, self.bins),
             "auroc": ranking.auroc(*order),
             "auprc": ranking.average_precision(*order),
             **selection_scores(*order),

@@ -43,14 +43,13 @@ class Sample:
     """A prompt with its pictures and groups of branches; branches of a group share what they begin with.
     A group may also come as a tree that is merged already (one response).
 
-    `prompt_targets`: (prompt index, token, weight) scored inside the prompt itself, as one plain response;
-    they take the target slots that the groups leave free.
+    `slot_names`: (prompt index, token) of picture slots that are to be named (see `losses.grounding`).
     """
 
     prompt: tuple[int, ...]
     pictures: tuple[Picture, ...]
     groups: tuple[tuple[Branch, ...] | Tree, ...]
-    prompt_targets: tuple[tuple[int, int, float], ...] = ()
+    slot_names: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +72,7 @@ class Batch:
 
     prompt_tokens: Any  # Int[rows prompt]
     prompt_segment: Any  # Int[rows prompt], 0 is padding
+    slot_name: Any  # Int[rows prompt], the token that names a picture slot, -1 where nothing is to be named
     tokens: Any  # Int[rows groups*length]
     parent: Any  # Int[rows groups*length]
     target_token: Any  # Int[rows groups*targets]
@@ -89,6 +89,7 @@ class Batch:
     ARRAYS: ClassVar[tuple[str, ...]] = (
         "prompt_tokens",
         "prompt_segment",
+        "slot_name",
         "tokens",
         "parent",
         "target_token",
@@ -162,6 +163,7 @@ def empty_batch(shape: Shape) -> Batch:
     return Batch(
         prompt_tokens=zeros(shape.prompt),
         prompt_segment=zeros(shape.prompt),
+        slot_name=np.full((shape.rows, shape.prompt), -1, np.int32),
         tokens=zeros(fed),
         parent=zeros(fed),
         target_token=zeros(scored),
@@ -202,24 +204,22 @@ class Packer:
 
     @staticmethod
     def _responses(sample: Sample) -> int:
-        return sum(len(_roles(group)) for group in sample.groups) + bool(sample.prompt_targets)
+        return sum(len(_roles(group)) for group in sample.groups)
 
     def _refuse_what_never_fits(self, sample: Sample, trees: list[Tree], need: np.ndarray) -> None:
         shape = self.shape
         longest = max((len(tree.tokens) for tree in trees), default=0)
         most = max((len(tree.targets) for tree in trees), default=0)
-        free = sum(shape.targets - len(tree.targets) for tree in trees)
         for name, has, limit in (
             *zip(("prompt", "groups", "responses", "pictures"), need, self._limits),
             ("length", longest, shape.length),
             ("targets", most, shape.targets),
-            ("prompt targets", len(sample.prompt_targets), free),
         ):
             if has > limit:
                 raise BatchOverflow(f"a sample needs {name} {has}, the batch shape allows {limit}")
 
     def _write(self, sample: Sample, trees: list[Tree], row: int) -> None:
-        batch, shape = self.batch, self.shape
+        batch = self.batch
         start, group, response, picture, count = (int(x) for x in self._used[row])
         end = start + len(sample.prompt)
         batch.prompt_tokens[row, start:end] = sample.prompt
@@ -228,24 +228,13 @@ class Packer:
             at = (row, picture + offset)
             batch.canvas[at], batch.mask[at] = item.canvas, item.mask
             batch.confidence[at], batch.noise_id[at] = item.confidence, item.noise_id
-        first_group = group
         for branches, tree in zip(sample.groups, trees, strict=True):
             self._write_tree(row, group, response, end - 1, tree)
             roles = _roles(branches)
             batch.role[row, response : response + len(roles)] = roles
             group, response = group + 1, response + len(roles)
-        if sample.prompt_targets:
-            free = [
-                (first_group + number) * shape.targets + slot
-                for number, tree in enumerate(trees)
-                for slot in range(len(tree.targets), shape.targets)
-            ]
-            slots = free[: len(sample.prompt_targets)]
-            index, token, weight = zip(*sample.prompt_targets)
-            batch.target_parent[row, slots] = start + np.array(index)
-            batch.target_token[row, slots], batch.target_weight[row, slots] = token, weight
-            batch.target_response[row, slots] = response
-            batch.role[row, response] = PLAIN
+        for index, token in sample.slot_names:
+            batch.slot_name[row, start + index] = token
 
     def _write_tree(self, row: int, group: int, response: int, root: int, tree: Tree) -> None:
         batch, shape = self.batch, self.shape

@@ -66,7 +66,7 @@ class Asker:
 
 
 def group_bundles(bundles: list[Bundle], groups: int, length: int, targets: int) -> tuple[list[Bundle], int]:
-    """First fit of bundles (full sequences stripped of the prompt) into groups; returns groups and what was left over."""
+    """First fit of bundles (without the prompt they share) into groups; returns groups and how many found no room."""
     filled: list[list[Branch]] = [[] for _ in range(groups)]
     room = [[length, targets] for _ in range(groups)]
     left = 0
@@ -111,7 +111,11 @@ class Recipe:
         return open_image(record.images[0], record.image_id)
 
     def picture(
-        self, record: Record, image: Image.Image, region: Bool[np.ndarray, "height width"] | None, confidence: float
+        self,
+        record: Record,
+        image: Image.Image,
+        region: Bool[np.ndarray, "height width"] | None,
+        confidence: float,
     ) -> Picture:
         """The picture with a region to bury."""
         canvas = self.family.canvas(image)
@@ -201,14 +205,12 @@ class AnswerRecipe(Recipe):
             percent = int(generator.choice(levels, p=np.array(odds) / sum(odds)))
             bundles.append((asker.confidence(item.question, response, percent),))
         drawn = self.sample(picture, [bundles[i] for i in generator.permutation(len(bundles))], Counter())
-        if drawn.sample is None or not self.config.slot_weight:
+        if drawn.sample is None or not self.config.name_slots:
             return drawn
-        named = self.slot_targets(record, image, drawn.sample)
-        spare = ((),) * (self.config.shape.groups - len(drawn.sample.groups))  # their target slots are wanted
-        groups = drawn.sample.groups + spare
-        return Drawn(dataclasses.replace(drawn.sample, prompt_targets=named, groups=groups), drawn.counts)
+        named = dataclasses.replace(drawn.sample, slot_names=self.slot_names(record, image, drawn.sample))
+        return Drawn(named, drawn.counts)
 
-    def slot_targets(self, record: Record, image: Image.Image, sample: Sample) -> tuple[tuple[int, int, float], ...]:
+    def slot_names(self, record: Record, image: Image.Image, sample: Sample) -> tuple[tuple[int, int], ...]:
         """At each picture slot the first token of the object that covers most of it (`scene` where none does)."""
         slots = [i for i, token in enumerate(sample.prompt) if token == self.family.image_token]
         side = round(len(slots) ** 0.5)
@@ -222,8 +224,7 @@ class AnswerRecipe(Recipe):
         names = [" scene", *(f" {region.keyword}" for region in record.regions)]
         tokens = [self.family.tokenizer.encode(name, add_special_tokens=False).ids[0] for name in names]
         best = cover.argmax(axis=0)
-        weight = self.config.slot_weight
-        return tuple((slot, tokens[which], weight) for slot, which in zip(slots, best, strict=True))
+        return tuple((slot, tokens[which]) for slot, which in zip(slots, best, strict=True))
 
 
 class PaperRecipe(Recipe):

@@ -60,7 +60,20 @@ def score(
     chunk: int = 1024,
 ) -> Scores:
     """The one model call: log-probabilities of all targets of a batch (one prompt and its branches)."""
-    hidden = model.hidden_states(batch, pixels, dtype=dtype, remat=remat)
+    prompt = model.embed_prompt(batch, pixels, dtype=dtype, remat=remat)
+    return score_prompt(model, batch, prompt, remat=remat, chunk=chunk)
+
+
+def score_prompt(
+    model: VisionLanguageModel,
+    batch: Batch,
+    prompt: Float[Array, "batch prompt width"],
+    *,
+    remat: Callable | None = None,
+    chunk: int = 1024,
+) -> Scores:
+    """`score` from prompt embeddings that are there already."""
+    hidden = model.hidden_states(batch, prompt, remat=remat)
     return head_log_probs(hidden, model.decoder.head_kernel(), batch.target_token, chunk=chunk)
 
 

@@ -40,9 +40,7 @@ def prompt_visible(
     return (segment[:, None, :] == own[:, :, None]) & (index <= root[:, :, None]) & (own[:, :, None] > 0)
 
 
-def tree_layout(
-    segment: Int[Array, "batch prompt"], parent: Int[Array, "batch branch"], groups: int
-) -> Layout:
+def tree_layout(segment: Int[Array, "batch prompt"], parent: Int[Array, "batch branch"], groups: int) -> Layout:
     """Masks, roots and depths from the parent pointers, by pointer doubling in log2(length) rounds."""
     batch, prompt = segment.shape
     length = parent.shape[1] // groups if groups else 0

@@ -34,9 +34,7 @@ class Linear(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(
-            _normal(rngs, (in_features, out_features), in_features**-0.5, dtype), axes=axes
-        )
+        self.kernel = nnx.Param(_normal(rngs, (in_features, out_features), in_features**-0.5, dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "... in_features"]) -> Float[Array, "... out_features"]:

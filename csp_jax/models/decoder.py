@@ -58,6 +58,11 @@ class Attention(nnx.Module):
         self.value = project(config.num_kv_heads)
         self.out = Linear(config.num_heads * head_dim, width, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
         self.head_dim = head_dim
+        if config.num_heads == config.num_kv_heads and width == config.num_heads * head_dim:
+            # From random weights, a query starts as a search for tokens like its own, so that words find the
+            # picture slots that bear their name; a checkpoint overwrites this.
+            for projection in (self.query, self.key):
+                projection.kernel[...] = projection.kernel[...] * 0.2 + jnp.eye(width, dtype=dtype)
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], -1, self.head_dim)
@@ -89,7 +94,7 @@ class Layer(nnx.Module):
 
 
 def _split_groups(x: Array, groups: int) -> Array:
-    return x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
 
 
 def _concat_tables(tables: tuple[Tables, Tables]) -> Tables:
@@ -113,9 +118,7 @@ class Decoder(nnx.Module):
         self.head = (
             None
             if config.tie_word_embeddings
-            else Linear(
-                config.hidden_size, config.vocab_size, axes=("embed", "vocab"), dtype=dtype, rngs=rngs
-            )
+            else Linear(config.hidden_size, config.vocab_size, axes=("embed", "vocab"), dtype=dtype, rngs=rngs)
         )
 
     def head_kernel(self) -> Float[Array, "width vocab"]:
@@ -194,9 +197,7 @@ def target_masks(layout: Layout, target_parent: Int[Array, "batch targets"]) -> 
     local = target_parent - first[None]
     in_prompt = local < 0
     local = jnp.clip(local, 0, max(length - 1, 0)).reshape(batch, groups, per_group, 1)
-    seen_prompt = jnp.take_along_axis(
-        layout.prompt_mask, jnp.minimum(target_parent, size - 1)[..., None], axis=1
-    )
+    seen_prompt = jnp.take_along_axis(layout.prompt_mask, jnp.minimum(target_parent, size - 1)[..., None], axis=1)
     if length == 0:
         return seen_prompt, jnp.zeros((batch, target_parent.shape[1], 0), bool)
     flat = (batch, groups * per_group)

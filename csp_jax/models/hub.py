@@ -60,15 +60,11 @@ class Tensor:
 def layer_tensors(path: str, key: str, layer: list[Tensor], numbers: range | int) -> list[Tensor]:
     """A layer's tensors for a stack of layers (`numbers` a range) or for one layer that stands alone."""
     if isinstance(numbers, int):
-        return [
-            Tensor(f"{path}.{t.path}", (f"{key.format(n=numbers)}.{t.keys[0]}",), t.transform) for t in layer
-        ]
+        return [Tensor(f"{path}.{t.path}", (f"{key.format(n=numbers)}.{t.keys[0]}",), t.transform) for t in layer]
     if len(numbers) == 0:
         return []
     return [
-        Tensor(
-            f"{path}.{t.path}", tuple(f"{key.format(n=n)}.{t.keys[0]}" for n in numbers), t.transform, True
-        )
+        Tensor(f"{path}.{t.path}", tuple(f"{key.format(n=n)}.{t.keys[0]}" for n in numbers), t.transform, True)
         for t in layer
     ]
 
@@ -102,17 +98,18 @@ class HubConfig:
             node = node[part]
         return node
 
-    def require(self, field: str, wanted: Any, *, default: Any) -> None:
-        """Refuse a variant that the port does not implement."""
+    def require(self, field: str, *supported: Any, default: Any) -> Any:
+        """The value at a dotted path; a variant that the port does not implement is refused."""
         value = self.get(field, default)
-        if value != wanted:
+        if value not in supported:
             raise UserError(
                 "this variant is not supported",
                 file=self.file,
                 field=field,
                 value=value,
-                mend=f"Supported: {wanted!r}",
+                mend=f"Supported: {', '.join(map(repr, supported))}",
             )
+        return value
 
 
 # transformers has written LLaVA in three ways; all are read as the hub's.
@@ -143,38 +140,48 @@ class SafetensorsFolder(contextlib.AbstractContextManager["SafetensorsFolder"]):
             try:
                 handle = self._stack.enter_context(safe_open(file, framework="numpy"))
             except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"cannot be read ({error})", file=file, mend="Download the file again"
-                ) from None
+                raise UserError(f"cannot be read ({error})", file=file, mend="Download the file again") from None
             for key in handle.keys():  # noqa: SIM118 - not a mapping
                 if not IGNORED.search(key):
-                    self.where[canonical_key(key)] = (handle, key, file)
+                    self._note(handle, key, file)
+
+    def _note(self, handle: Any, key: str, file: Path) -> None:
+        name = canonical_key(key)
+        if name in self.where:
+            raise UserError(
+                f"tensor is there twice, in {self.where[name][2].name} too", file=file, field=name, mend="Delete one"
+            )
+        self.where[name] = (handle, key, file)
 
     def _files(self) -> list[Path]:
+        single = self.directory / "model.safetensors"
+        if single.exists():
+            return [single]
         index = self.directory / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = self._indexed(index)
             missing = [name for name in names if not (self.directory / name).exists()]
             if missing:
-                raise UserError(
-                    "shard is missing", file=index, value=missing[0], mend="Download the missing shards"
-                )
+                raise UserError("shard is missing", file=index, value=missing[0], mend="Download the missing shards")
             return [self.directory / name for name in names]
         files = sorted(self.directory.glob("*.safetensors"))
         if not files:
-            raise UserError(
-                "no safetensors files here", file=self.directory, mend="Give a checkpoint's folder"
-            )
+            raise UserError("no safetensors files here", file=self.directory, mend="Give a checkpoint's folder")
         return files
+
+    @staticmethod
+    def _indexed(index: Path) -> list[str]:
+        try:
+            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"not an index of shards ({error!r})", file=index, mend="Download the file again") from None
 
     def read(self, key: str) -> np.ndarray:
         handle, name, file = self.where[key]
         try:
             return handle.get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(
-                f"cannot be read ({error})", file=file, field=key, mend="Download again"
-            ) from None
+            raise UserError(f"cannot be read ({error})", file=file, field=key, mend="Download again") from None
 
     def __exit__(self, *details: object) -> None:
         self._stack.close()
@@ -207,9 +214,7 @@ def load_state(
         for path, variable in leaves.items():
             array = _assemble(folder, plan[path], variable.get_value().shape)
             filled[path] = variable.replace(put(path, array if dtype is None else array.astype(dtype)))
-    return nnx.from_flat_state(
-        [(path, filled[".".join(map(str, path))]) for path, _ in nnx.to_flat_state(abstract)]
-    )
+    return nnx.from_flat_state([(path, filled[".".join(map(str, path))]) for path, _ in nnx.to_flat_state(abstract)])
 
 
 def _check_names(directory: Path, known: set[str], found: set[str]) -> None:

@@ -48,24 +48,23 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
         """Rotary cosines and sines of positions."""
 
     def hidden_states(
-        self,
-        batch: Batch,
-        pixels: Array | None,
-        *,
-        dtype: jnp.dtype = jnp.float32,
-        remat: Callable | None = None,
+        self, batch: Batch, prompt: Float[Array, "batch prompt width"], *, remat: Callable | None = None
     ) -> Float[Array, "batch targets width"]:
-        """Normed hidden states from which each target of the batch is predicted."""
+        """Normed hidden states from which each target is predicted; `prompt` comes from `embed_prompt`."""
         layout = tree_layout(batch.prompt_segment, batch.parent, batch.groups)
-        prompt = self.embed_prompt(batch, pixels, dtype, remat)
-        branch = self.decoder.embed(batch.tokens).astype(dtype)
+        branch = self.decoder.embed(batch.tokens).astype(prompt.dtype)
         tables = self.rope_tables(batch, layout)
         return self.decoder(prompt, branch, layout, tables, batch.target_parent, remat)
 
     def embed_prompt(
-        self, batch: Batch, pixels: Array | None, dtype: jnp.dtype, remat: Callable | None
-    ) -> Array:
-        """Prompt embeddings with the image slots filled."""
+        self,
+        batch: Batch,
+        pixels: Float[Array, "batch pictures height width 3"] | None,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        remat: Callable | None = None,
+    ) -> Float[Array, "batch prompt width"]:
+        """Prompt embeddings with the image slots filled; `dtype` is that of the whole computation."""
         prompt = self.decoder.embed(batch.prompt_tokens).astype(dtype)
         if pixels is None:
             return prompt

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from csp_jax.models.attention import rope_tables
-from csp_jax.models.blocks import Mlp
+from csp_jax.models.blocks import ACTIVATIONS, Mlp
 from csp_jax.models.decoder import Decoder, DecoderConfig
 from csp_jax.models.hub import CONV, SAME, TRANSPOSE, HubConfig, Tensor, layer_tensors
 from csp_jax.models.interface import VisionLanguageModel
@@ -44,22 +44,23 @@ class LlavaConfig:
         config.require("multimodal_projector_bias", True, default=True)
         config.require("text_config.mlp_bias", False, default=False)
         config.require("text_config.attention_bias", False, default=False)
+        layers = config.get("vision_config.num_hidden_layers", 12)
         vision = ClipConfig(
             hidden_size=config.get("vision_config.hidden_size", 768),
             intermediate_size=config.get("vision_config.intermediate_size", 3072),
-            num_layers=config.get("vision_config.num_hidden_layers", 12),
+            num_layers=layers,
             num_heads=config.get("vision_config.num_attention_heads", 12),
             image_size=config.get("vision_config.image_size", 224),
             patch_size=config.get("vision_config.patch_size", 32),
-            activation=config.get("vision_config.hidden_act", "quick_gelu"),
+            activation=config.require("vision_config.hidden_act", *ACTIVATIONS, default="quick_gelu"),
             layer_norm_eps=config.get("vision_config.layer_norm_eps", 1e-5),
-            feature_layer=config.get("vision_feature_layer", -2),
+            feature_layer=config.require("vision_feature_layer", *range(-layers, layers + 1), default=-2),
         )
         return cls(
             vision=vision,
             text=_llama_config(config),
             image_token=config.get("image_token_index", config.get("image_token_id", 32000)),
-            projector_activation=config.get("projector_hidden_act", "gelu"),
+            projector_activation=config.require("projector_hidden_act", *ACTIVATIONS, default="gelu"),
         )
 
 
@@ -70,18 +71,16 @@ def _llama_config(config: HubConfig) -> DecoderConfig:
     config.require("text_config.rope_parameters.rope_type", "default", default="default")
     config.require("text_config.rope_scaling", None, default=None)
     return DecoderConfig(
-        vocab_size=config.get("text_config.vocab_size", 32064),
+        vocab_size=config.get("text_config.vocab_size", 32000),
         hidden_size=width,
         intermediate_size=config.get("text_config.intermediate_size", 11008),
         num_layers=config.get("text_config.num_hidden_layers", 32),
         num_heads=heads,
         num_kv_heads=config.get("text_config.num_key_value_heads", heads) or heads,
         head_dim=config.get("text_config.head_dim", None) or width // heads,
-        rms_norm_eps=config.get("text_config.rms_norm_eps", 1e-5),
+        rms_norm_eps=config.get("text_config.rms_norm_eps", 1e-6),
         rope_theta=rope.get("rope_theta", config.get("text_config.rope_theta", 10000.0)),
-        tie_word_embeddings=config.get(
-            "tie_word_embeddings", config.get("text_config.tie_word_embeddings", False)
-        ),
+        tie_word_embeddings=config.get("tie_word_embeddings", config.get("text_config.tie_word_embeddings", False)),
     )
 
 

@@ -62,18 +62,14 @@ class ClipLayer(nnx.Module):
         self.attention_norm = LayerNorm(width, epsilon=eps, dtype=dtype)
         self.attention = ClipAttention(width, config.num_heads, dtype, rngs)
         self.mlp_norm = LayerNorm(width, epsilon=eps, dtype=dtype)
-        self.mlp = Mlp(
-            width, config.intermediate_size, width, activation=config.activation, dtype=dtype, rngs=rngs
-        )
+        self.mlp = Mlp(width, config.intermediate_size, width, activation=config.activation, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "images tokens width"]) -> Float[Array, "images tokens width"]:
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
 
-def patchify(
-    pixels: Float[Array, "images height width 3"], size: int
-) -> Float[Array, "images patches values"]:
+def patchify(pixels: Float[Array, "images height width 3"], size: int) -> Float[Array, "images patches values"]:
     """Non-overlapping patches in row-major order, each flattened as (row, column, channel)."""
     images, height, width, channels = pixels.shape
     grid = pixels.reshape(images, height // size, size, width // size, size, channels)
@@ -92,9 +88,7 @@ class ClipVision(nnx.Module):
         self.pre_norm = LayerNorm(width, epsilon=config.layer_norm_eps, dtype=dtype)
         self.layers = stack_layers(lambda keys: ClipLayer(config, dtype, keys), config.used_layers, rngs)
         unused = config.num_layers - config.used_layers
-        self.unused_layers = (
-            stack_layers(lambda keys: ClipLayer(config, dtype, keys), unused, rngs) if unused else None
-        )
+        self.unused_layers = stack_layers(lambda keys: ClipLayer(config, dtype, keys), unused, rngs) if unused else None
         self.unused_norm = LayerNorm(width, epsilon=config.layer_norm_eps, dtype=dtype)
 
     def __call__(

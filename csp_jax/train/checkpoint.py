@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from grain.checkpoint import CheckpointRestore, CheckpointSave
+from grain.checkpoint import CheckpointHandler, CheckpointRestore, CheckpointSave
 
 from csp_jax.errors import UserError
 from csp_jax.models.interface import VisionLanguageModel
@@ -29,7 +29,8 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self.directory = directory.resolve()
-        self.manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": CheckpointHandler()}
+        self.manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any, iterator: Any) -> None:
         """Start writing a checkpoint; the run goes on meanwhile."""
@@ -37,9 +38,7 @@ class Checkpoints:
             return
         self.manager.save(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(named_leaves(state)), data=CheckpointSave(iterator)
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(named_leaves(state)), data=CheckpointSave(iterator)),
         )
 
     def restore(self, state: Any, iterator: Any) -> tuple[Any, int]:
@@ -47,7 +46,7 @@ class Checkpoints:
         step = self.manager.latest_step()
         if step is None:
             return state, 0
-        wanted = jax.tree.map(_abstract, named_leaves(state))
+        wanted = {name: _abstract(leaf) for name, leaf in named_leaves(state).items()}
         self._check(step, wanted)
         restored = self.manager.restore(
             step,

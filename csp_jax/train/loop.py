@@ -27,7 +27,7 @@ from csp_jax.config import LossConfig, NoiseConfig, OptimizerConfig, TrainConfig
 from csp_jax.data.batch import Batch, Packer, Shape
 from csp_jax.data.recipe import RECIPES, Drawn
 from csp_jax.data.shards import ShardSource, record_dataset
-from csp_jax.errors import UserError
+from csp_jax.errors import Interrupted, UserError
 from csp_jax.losses.interface import Loss
 from csp_jax.losses.sft import SftLoss
 from csp_jax.losses.simpo import SimpoLoss
@@ -48,10 +48,6 @@ REMAT: dict[str, Callable | None] = {
     "full": jax.checkpoint,
     "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_saveable),
 }
-
-
-class Interrupted(Exception):
-    """The run was told to stop; its state is saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +87,7 @@ def make_loss(config: LossConfig) -> Loss:
     """The configured loss."""
     if config.name == "sft":
         return SftLoss()
-    return SimpoLoss(
-        config.beta, config.simpo_gamma, config.nll_weight, config.label_smoothing, config.retention
-    )
+    return SimpoLoss(config.beta, config.simpo_gamma, config.nll_weight, config.label_smoothing, config.retention)
 
 
 def make_schedule(config: NoiseConfig) -> Schedule:
@@ -128,9 +122,7 @@ def checkpoint_folder(name: str) -> Path:
     """A model's folder; `world` is the base that ships with the package."""
     folder = WORLD_BASE if name == "world" else Path(name)
     if not folder.is_dir():
-        raise UserError(
-            "there is no such checkpoint folder", file=folder, mend="Give a folder in the hub's layout"
-        )
+        raise UserError("there is no such checkpoint folder", file=folder, mend="Give a folder in the hub's layout")
     return folder
 
 
@@ -177,9 +169,7 @@ class Run:
         )
         sizes = config.data.recipe.shape
         side = self._canvas(recipe.family)
-        shape = Shape(
-            self.rows, sizes.prompt, sizes.groups, sizes.length, sizes.targets, sizes.responses, 1, side
-        )
+        shape = Shape(self.rows, sizes.prompt, sizes.groups, sizes.length, sizes.targets, sizes.responses, 1, side)
         return record_dataset(
             self.source,
             batch_size=self.rows * config.batch.accumulation,
@@ -206,6 +196,7 @@ class Run:
             seed=config.seed,
             dtype=jnp.dtype(config.model.dtype),
             remat=REMAT[config.model.remat],
+            grounding=config.loss.grounding,
         )
         return compile_step(step, self.mesh, self.shardings)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 from jaxtyping import Array, Int
 
+from csp_jax.errors import UserError
 from csp_jax.models.hub import flat_paths
 from csp_jax.models.interface import VisionLanguageModel
 
@@ -24,14 +25,15 @@ class TrainState:
     optimizer: optax.OptState
 
 
-def split_model(
-    model: VisionLanguageModel, freeze: Sequence[str]
-) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def split_model(model: VisionLanguageModel, freeze: Sequence[str]) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Graph, trainable and frozen parameters; `freeze` are regular expressions on dotted paths.
 
     What the model never reads is frozen too, so that it is neither decayed nor changed by a round trip.
+    UserError: a pattern that is no regular expression or that freezes nothing.
     """
-    patterns = [re.compile(pattern) for pattern in (*freeze, *(re.escape(path) for path in model.unused))]
+    names = flat_paths(nnx.state(model, nnx.Param))
+    patterns = [_freezing(pattern, names) for pattern in freeze]
+    patterns += [re.compile(re.escape(path)) for path in model.unused]
 
     def trains(path: tuple, value: nnx.Variable) -> bool:
         name = ".".join(map(str, path))
@@ -41,9 +43,18 @@ def split_model(
     return graphdef, trainable, frozen[0]
 
 
-def new_state(
-    model: VisionLanguageModel, optimizer: optax.GradientTransformation, freeze: Sequence[str]
-) -> TrainState:
+def _freezing(text: str, names: Iterable[str]) -> re.Pattern[str]:
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise UserError(f"not a regular expression ({error})", field="model.freeze", value=text) from None
+    if not any(pattern.match(name) for name in names):
+        mend = "Patterns are matched from the beginning of names such as vision.patch.kernel"
+        raise UserError("no parameter matches", field="model.freeze", value=text, mend=mend)
+    return pattern
+
+
+def new_state(model: VisionLanguageModel, optimizer: optax.GradientTransformation, freeze: Sequence[str]) -> TrainState:
     """The state before the first step."""
     _, trainable, frozen = split_model(model, freeze)
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))

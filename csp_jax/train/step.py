@@ -11,8 +11,9 @@ from flax import nnx
 from jaxtyping import Array
 
 from csp_jax.data.batch import Batch
+from csp_jax.losses.grounding import grounding_counts, grounding_sums
 from csp_jax.losses.interface import Loss, Terms
-from csp_jax.losses.logprobs import score
+from csp_jax.losses.logprobs import score_prompt
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.perturb import Schedule, perturb
 from csp_jax.train.state import TrainState
@@ -37,23 +38,30 @@ def make_step(
     seed: int,
     dtype: jnp.dtype = jnp.float32,
     remat: Callable | None = None,
+    grounding: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`step(state, window)`; every array of `window` has a leading axis of micro-batches."""
+
+    coefficients = {**loss.coefficients, **({"grounding": grounding, "slot_accuracy": 0.0} if grounding else {})}
+
+    def count(batch: Batch) -> Terms:
+        return {**loss.counts(batch), **(grounding_counts(batch) if grounding else {})}
 
     def objective(
         trainable: nnx.State, frozen: nnx.State, batch: Batch, key: Array, counts: Terms
     ) -> tuple[Array, Terms]:
         model = nnx.merge(graphdef, trainable, frozen)
         pixels = batch_pixels(model, batch, key, schedule)
-        sums = loss.sums(score(model, batch, pixels, dtype=dtype, remat=remat).log_probs, batch)
-        total = sum(
-            weight * sums[name] / counts[name] for name, weight in loss.coefficients.items() if weight != 0.0
-        )
+        prompt = model.embed_prompt(batch, pixels, dtype=dtype, remat=remat)
+        sums = loss.sums(score_prompt(model, batch, prompt, remat=remat).log_probs, batch)
+        if grounding:
+            sums |= grounding_sums(prompt, model.decoder.embed.embedding[...], batch)
+        total = sum(weight * sums[name] / counts[name] for name, weight in coefficients.items() if weight != 0.0)
         return jnp.asarray(total), sums
 
     def step(state: TrainState, window: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        counts = jax.tree.map(lambda x: jnp.maximum(x.sum(), 1e-9), jax.vmap(loss.counts)(window))
+        counts = jax.tree.map(lambda x: jnp.maximum(x.sum(), 1e-9), jax.vmap(count)(window))
 
         def accumulate(carry: tuple[nnx.State, Array, Terms], batch: Batch) -> tuple[tuple, None]:
             gradients, total, sums = carry
@@ -64,7 +72,7 @@ def make_step(
             return added, None
 
         zero = jax.tree.map(jnp.zeros_like, state.trainable)
-        start = (zero, jnp.zeros(()), {name: jnp.zeros(()) for name in loss.coefficients})
+        start = (zero, jnp.zeros(()), {name: jnp.zeros(()) for name in coefficients})
         (gradients, total, sums), _ = jax.lax.scan(accumulate, start, window)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
         metrics = {

@@ -23,9 +23,7 @@ from tensorboardX import SummaryWriter
 class Telemetry:
     """Writes `metrics.jsonl` and TensorBoard events; lines past the step it resumes from are dropped."""
 
-    def __init__(
-        self, directory: Path, *, total: int, start: int, title: str, progress: bool, log_every: int
-    ):
+    def __init__(self, directory: Path, *, total: int, start: int, title: str, progress: bool, log_every: int):
         directory.mkdir(parents=True, exist_ok=True)
         self.file = directory / "metrics.jsonl"
         self._truncate(start)

@@ -24,9 +24,7 @@ def write(path, rows):
 
 def rows_of(name, confidence=float):
     pairs = zip(INPUTS[f"{name}_p"].tolist(), INPUTS[f"{name}_y"].tolist(), strict=True)
-    return [
-        {"id": f"q{i}", "confidence": confidence(p), "correct": bool(y)} for i, (p, y) in enumerate(pairs)
-    ]
+    return [{"id": f"q{i}", "confidence": confidence(p), "correct": bool(y)} for i, (p, y) in enumerate(pairs)]
 
 
 def test_golden_scores_from_a_file(tmp_path):
@@ -69,7 +67,7 @@ def test_presets_set_the_bins(tmp_path):
     path = write(tmp_path / "a.jsonl", rows_of("percent400"))
     golden = LIBRARIES["percent400"]["binned"]["bins15"]
     for preset, key in (("torchmetrics", "torchmetrics_f64_l1"), ("netcal", "netcal_ece_detection")):
-        found = metrics_of_file(path, bins=15, preset=preset, resamples=0)
+        found = metrics_of_file(path, bins=15, preset=preset, resamples=RESAMPLES)
         assert found["ece"] == pytest.approx(golden[key], abs=1e-5)
         assert found["preset"] == preset
 
@@ -102,9 +100,12 @@ def test_one_answer_and_one_class_do_not_crash(tmp_path):
 
 def test_other_fields_blank_lines_and_a_byte_order_mark_are_fine(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(
-        '\ufeff{"id": 1, "confidence": "72.5 %", "correct": 1, "note": "x"}\r\n\r\n{"id": "1", "confidence": 0, "correct": 0.0}'
-    )
+    lines = [
+        '{"id": 1, "confidence": "72.5 %", "correct": 1, "note": "x"}',
+        "",
+        '{"id": "1", "confidence": 0, "correct": 0.0}',
+    ]
+    path.write_text("\ufeff" + "\r\n".join(lines), newline="")
     answers = read_answers(path)
     assert answers.ids == [1, "1"]
     assert answers.confidence.tolist() == [0.725, 0.0]

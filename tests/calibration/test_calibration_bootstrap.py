@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -109,10 +110,8 @@ def test_seed_padding_and_weights():
     assert first["ece"].low != other["ece"].low
     dropped = np.ones(100, np.float32)
     dropped[70:] = 0
-    rows = {
-        name: np.asarray(getattr(pairs, name))[:60] for name in ("probability", "percent", "index", "outcome")
-    }
-    kept = bootstrap(PairScores(), type(pairs)(**rows), resamples=100)
+    short = jax.tree.map(lambda leaf: leaf[:70], pairs)
+    kept = bootstrap(PairScores(), short, resamples=100)
     masked = bootstrap(PairScores(), pairs, weight=dropped, resamples=100)
     for name, interval in kept.items():
         assert masked[name].value == pytest.approx(interval.value, abs=1e-5), name

@@ -165,18 +165,14 @@ def test_live_sklearn_with_counts_and_padding(n, seed, weighted):
     copies = np.repeat(np.arange(n), weight)
     for name in ("right_closed", "left_closed", "netcal", "torchmetrics"):
         once = metrics.bin_sums(*arrays, binning=name)
-        many = metrics.bin_sums(
-            padded(p[copies]), padded(y[copies]), padded(np.ones(len(copies)), 0), binning=name
-        )
+        many = metrics.bin_sums(padded(p[copies]), padded(y[copies]), padded(np.ones(len(copies)), 0), binning=name)
         for function in (metrics.ece, metrics.mce, metrics.debiased_ece):
             assert float(function(once)) == pytest.approx(float(function(many)), abs=1e-5)
 
 
 def test_merging_is_associative_and_exact_on_percents():
     p, y = outcomes(3000, 7)
-    parts = [
-        metrics.bin_sums(whole_percents(p[i::3]), y[i::3], bins=15, binning="left_closed") for i in range(3)
-    ]
+    parts = [metrics.bin_sums(whole_percents(p[i::3]), y[i::3], bins=15, binning="left_closed") for i in range(3)]
     a, b, c = parts
     whole = metrics.bin_sums(whole_percents(p), y, bins=15, binning="left_closed")
     stepwise = metrics.BinSums.zeros(15, "left_closed")
@@ -220,9 +216,7 @@ def test_eight_devices_equal_one_and_numpy():
 
 def test_float32_sums_of_a_million():
     p, y = outcomes(10**6, 3, whole=False)
-    expected = sum(
-        abs((p - y)[(p > k / 10) & (p <= (k + 1) / 10) | ((k == 0) & (p == 0))].sum()) for k in range(10)
-    )
+    expected = sum(abs((p - y)[(p > k / 10) & (p <= (k + 1) / 10) | ((k == 0) & (p == 0))].sum()) for k in range(10))
     assert float(metrics.ece(metrics.bin_sums(p, y))) == pytest.approx(expected / 10**6, abs=1e-5)
     assert float(metrics.brier(metrics.score_sums(p, y))) == pytest.approx(((p - y) ** 2).mean(), abs=1e-5)
 
@@ -253,9 +247,7 @@ def test_debiased_ece_is_the_mean_of_redrawn_bins():
     sums = metrics.bin_sums(whole_percents(p), y)
     weight = np.asarray(sums.weight, float)
     confidence, accuracy = np.asarray(sums.confidence) / weight / 100, np.asarray(sums.correct) / weight
-    draws = np.random.default_rng(0).normal(
-        accuracy, np.sqrt(accuracy * (1 - accuracy) / weight), (200_000, 10)
-    )
+    draws = np.random.default_rng(0).normal(accuracy, np.sqrt(accuracy * (1 - accuracy) / weight), (200_000, 10))
     redrawn = (np.abs(draws - confidence) * weight).sum(1).mean() / weight.sum()
     expected = 2 * float(metrics.ece(sums)) - redrawn
     assert expected > 0.02

@@ -104,8 +104,7 @@ def test_presets_name_their_pair_and_bins(scored):
     right, top, yes, *_ = by_hand(confidence, truth)
     is_yes = (truth == 0).astype(int)
     found = {
-        name: csp_scores(confidence, truth, images, percent=True, preset=name, resamples=0)
-        for name in PRESETS
+        name: csp_scores(confidence, truth, images, percent=True, preset=name, resamples=RESAMPLES) for name in PRESETS
     }
     assert found["top-label"]["ece"] == pytest.approx(ece_by_hand(np.round(100 * top), right), abs=1e-5)
     assert found["top-label"]["base_rate"] == pytest.approx(right.mean())

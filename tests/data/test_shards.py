@@ -27,9 +27,7 @@ def make_record(number: int) -> Record:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    with ShardWriter(
-        tmp_path, dataset="world", split="train", records_per_shard=5, metadata={"seed": 4}
-    ) as writer:
+    with ShardWriter(tmp_path, dataset="world", split="train", records_per_shard=5, metadata={"seed": 4}) as writer:
         for number in range(RECORDS):
             writer.write(make_record(number))
     return tmp_path
@@ -130,9 +128,7 @@ def test_workers_change_nothing(source):
 
 
 def test_the_order_and_random_numbers_are_those_of_the_position(source):
-    rows = [
-        row for batch in batches_of(source, batch_size=5, seed=9, shuffle=False, repeat=2) for row in batch
-    ]
+    rows = [row for batch in batches_of(source, batch_size=5, seed=9, shuffle=False, repeat=2) for row in batch]
     expected = [(p % RECORDS, int(np.random.default_rng((9, p)).integers(2**60))) for p in range(45)]
     assert rows == expected
 

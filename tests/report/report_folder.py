@@ -45,9 +45,7 @@ class RunFolder:
 
     def row(self, model: str, recipe: str, split: str, metric: str) -> dict[str, Any]:
         (found,) = [
-            r
-            for r in self.rows
-            if (r["model"], r["recipe"], r["split"], r["metric"]) == (model, recipe, split, metric)
+            r for r in self.rows if (r["model"], r["recipe"], r["split"], r["metric"]) == (model, recipe, split, metric)
         ]
         return found
 

@@ -82,6 +82,4 @@ def read_page(path: Path) -> Node:
 
 def points(path: str) -> list[tuple[float, float]]:
     """The corners of an SVG path of absolute M and L."""
-    return [
-        (float(x), float(y)) for x, y in (corner.split(",") for corner in path.removeprefix("M").split("L"))
-    ]
+    return [(float(x), float(y)) for x, y in (corner.split(",") for corner in path.removeprefix("M").split("L"))]

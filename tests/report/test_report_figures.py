@@ -84,12 +84,8 @@ def test_the_base_is_repeated_behind_the_trained_models(run: RunFolder) -> None:
     base = figure_of(page, "Base", "popular")
     assert not base.all("path", class_="before")
     line = base.one("path", class_="line").attributes["d"]
-    assert (
-        figure_of(page, "SFT + SimPO (paper)", "popular").one("path", class_="before").attributes["d"] == line
-    )
-    featured = [
-        row.attributes["data-name"] for row in page.one("section", id="reliability").all("div", class_="row")
-    ]
+    assert figure_of(page, "SFT + SimPO (paper)", "popular").one("path", class_="before").attributes["d"] == line
+    featured = [row.attributes["data-name"] for row in page.one("section", id="reliability").all("div", class_="row")]
     assert featured == list(NAMES)
 
 
@@ -141,9 +137,7 @@ def test_figures_that_disagree_with_results_are_said_to(run: RunFolder) -> None:
     for split in SPLITS:
         percent, outcome = pairs(run, "base-", split, "csp-classwise")
         index = np.maximum(-(-percent.astype(int) // 10) - 1, 0)
-        ece = sum(abs((outcome[index == k] - percent[index == k] / 100).sum()) for k in range(10)) / len(
-            index
-        )
+        ece = sum(abs((outcome[index == k] - percent[index == k] / 100).sum()) for k in range(10)) / len(index)
         run.row("base", "", split, "ece").update(value=ece, low=0.0, high=1.0)
     for file in folder.iterdir():
         if file.stem != "base-":
@@ -164,9 +158,7 @@ def test_loss_curves_are_the_logged_losses(run: RunFolder) -> None:
     assert names == ["SFT (paper)", "SFT (evidence)", "SimPO (evidence)"]
     for figure, name in zip(section.all("figure"), ("paper-sft", "evidence-sft", "evidence-simpo")):
         ticks = [t for t in figure.all("text") if t.attributes.get("text-anchor") == "end"]
-        to_value = np.polyfit(
-            [float(t.attributes["y"]) - 3.5 for t in ticks], [float(t.text) for t in ticks], 1
-        )
+        to_value = np.polyfit([float(t.attributes["y"]) - 3.5 for t in ticks], [float(t.text) for t in ticks], 1)
         drawn = [y for _, y in points(figure.all("path", class_="faint")[0].attributes["d"])]
         np.testing.assert_allclose(np.polyval(to_value, drawn), run.losses[name], atol=2e-3)
         # A twentieth of 60 steps: the mean of three.

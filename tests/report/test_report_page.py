@@ -50,9 +50,7 @@ def test_pictures_are_the_files_of_the_run(run: RunFolder) -> None:
     pictures = section.all("img")
     assert len(pictures) == len(LEVELS)
     for picture, level in zip(pictures, LEVELS):
-        data = base64.b64decode(
-            picture.attributes["src"].removeprefix("data:image/png;base64,"), validate=True
-        )
+        data = base64.b64decode(picture.attributes["src"].removeprefix("data:image/png;base64,"), validate=True)
         shown = np.asarray(Image.open(io.BytesIO(data)))
         np.testing.assert_array_equal(shown, np.asarray(Image.open(run.path / "strip" / f"{level}.png")))
 
@@ -154,9 +152,7 @@ def _row(**fields: Any) -> Callable[[list[dict[str, Any]]], None]:
         ("strip.json", lambda s: s.update(levels=[]), "levels", "at least one"),
     ],
 )
-def test_bad_fields_are_named(
-    run: RunFolder, file: str, edit: Callable[[Any], Any], field: str, words: str
-) -> None:
+def test_bad_fields_are_named(run: RunFolder, file: str, edit: Callable[[Any], Any], field: str, words: str) -> None:
     run.change(file, lambda content: edit(content) and None)
     with pytest.raises(UserError) as caught:
         build_report(run.path)

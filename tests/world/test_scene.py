@@ -89,9 +89,7 @@ def test_dilation_is_scipys():
 
 
 def test_objects_that_cannot_fit_are_refused():
-    world = World(
-        WorldConfig(canvas=64, small=(28, 29), medium=(30, 30), large=(31, 32), statistics_scenes=100)
-    )
+    world = World(WorldConfig(canvas=64, small=(28, 29), medium=(30, 30), large=(31, 32), statistics_scenes=100))
     crowded = next(i for i in range(50) if sum(world.plan("base", i).counts) == 5)
     with pytest.raises(UserError, match=r"objects do not fit on the canvas.*smaller sizes"):
         world.scene("base", crowded)

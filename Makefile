@@ -1,0 +1,67 @@
+# Everything happens in .venv, which is made on the first call; a C compiler and Python 3.11 are all that is needed.
+#   make demo ARGS="--ablations --seeds 3"    make test PYTEST_ARGS="tests/world -x"    make PYTHON=/opt/python3.11 demo
+
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := constraints.txt
+ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist worksteal
+# Two processes share the cores with what XLA starts, so PyTorch gets one thread in each.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c $(PINS)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-all check docs format pins
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+demo: $(VENV)/.installed  ## from nothing to a calibrated model and the page that shows it: runs/demo/report/index.html
+	$(BIN)/csp demo $(ARGS)
+
+test: check  ## lint, types, and all tests but the heavy ones
+	$(PYTEST) -m "not heavy" $(PYTEST_ARGS)
+
+test-all: check  ## lint, types, and all tests
+	$(PYTEST) $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev  ## lint and types alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+format: $(VENV)/.installed-dev  ## format, and mend what lint can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+pins:  ## resolve the newest versions that pyproject.toml allows, and write them to constraints.txt
+	rm -rf build/pins
+	$(PYTHON) -m venv build/pins
+	build/pins/bin/python -m pip install '.[dev,docs]'
+	echo '# Exact versions for make demo, make test and make docs (Python 3.11); `make pins` writes this file anew.' > $(PINS)
+	build/pins/bin/python -m pip freeze --exclude csp_jax | sed -E 's/\+[a-z0-9.]+$$//' >> $(PINS)
+	rm -rf build/pins
+
+# Stamps: an installation is repeated when the requirements or the pins change, and only then.
+$(VENV)/.installed: pyproject.toml $(PINS) | $(VENV)/.made
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(PINS) | $(VENV)/.made
+	$(INSTALL) -e '.[dev]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml $(PINS) | $(VENV)/.made
+	$(INSTALL) -e '.[docs]'
+	touch $@
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
