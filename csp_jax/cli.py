@@ -23,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+PromptsFile = Annotated[str, typer.Option("--prompts", help="a YAML file of prompts")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings such as optimizer.learning_rate=1e-5")]
 AsJson = Annotated[bool, typer.Option("--json", help="print a JSON array with one object a row")]
 INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: run the same command again
@@ -137,6 +138,7 @@ def evaluate_command(
     rows: Annotated[int, typer.Option(min=1, help="records in a batch")] = 4,
     reading: Annotated[str, typer.Option(help="expected or greedy")] = "expected",
     out: Annotated[Path | None, typer.Option(help="save what was said as npz")] = None,
+    prompts: PromptsFile = "",
     as_json: AsJson = False,
 ) -> None:
     """Ask a model for its confidence in every candidate answer of a split, and score it."""
@@ -147,15 +149,16 @@ def evaluate_command(
     from csp_jax.models.registry import load_model
     from csp_jax.results import READINGS, result_rows
     from csp_jax.sharding import make_mesh
-    from csp_jax.text import Prompts
-    from csp_jax.train.loop import checkpoint_folder
+    from csp_jax.train.loop import checkpoint_folder, read_prompts
 
     if reading not in READINGS:
         raise UserError("no such reading", field="--reading", value=reading, mend=f"Use {' or '.join(READINGS)}")
     _configure_jax()
     folder, source = checkpoint_folder(model), ShardSource(shards, split)
     mesh = make_mesh(ParallelConfig())
-    answers = evaluate(load_model(folder), open_family(folder), Prompts(), source, mesh, limit=limit, rows=rows)
+    answers = evaluate(
+        load_model(folder), open_family(folder), read_prompts(prompts), source, mesh, limit=limit, rows=rows
+    )
     if out:
         answers.save(out)
     found = result_rows([answers], None, model=folder.name, recipe="", reading=reading)
@@ -173,14 +176,15 @@ def ask(
     image: Annotated[Path, typer.Argument(help="a picture")],
     question: Annotated[str, typer.Argument(help="a question about it")],
     model: Annotated[str, typer.Option(help="a checkpoint folder, or `world`")] = "world",
+    prompts: PromptsFile = "",
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about a picture and say how sure the model is."""
     from csp_jax.ask import ask_picture
-    from csp_jax.train.loop import checkpoint_folder
+    from csp_jax.train.loop import checkpoint_folder, read_prompts
 
     _configure_jax()
-    answer = ask_picture(checkpoint_folder(model), image, question)
+    answer = ask_picture(checkpoint_folder(model), image, question, read_prompts(prompts))
     if as_json:
         _print_rows([answer], True, "")
         return

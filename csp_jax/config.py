@@ -74,7 +74,6 @@ class DataConfig(Section):
 
     shards: str = "world"
     split: str = "train"
-    limit: Count = 0  # 0: all records
     workers: Count = 0
     recipe: RecipeConfig = RecipeConfig()
 
@@ -91,7 +90,7 @@ class NoiseConfig(Section):
 class LossConfig(Section):
     """See `losses.sft` and `losses.simpo`."""
 
-    name: Literal["sft", "simpo"] = "sft"
+    name: Literal["sft", "simpo", "grounding"] = "sft"
     beta: Positive = 2.0
     simpo_gamma: Annotated[float, pydantic.Field(ge=0)] = 1.0
     nll_weight: Annotated[float, pydantic.Field(ge=0)] = 0.0
@@ -189,10 +188,10 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
     return result
 
 
-SectionType = TypeVar("SectionType", bound=Section)
+ConfigType = TypeVar("ConfigType", bound=pydantic.BaseModel)
 
 
-def load_config(kind: type[SectionType], file: Path | None, overrides: list[str] | None = None) -> SectionType:
+def load_config(kind: type[ConfigType], file: Path | None, overrides: list[str] | None = None) -> ConfigType:
     """A validated configuration from a YAML file and overrides."""
     values = apply_overrides(read_yaml(file) if file else {}, overrides or [])
     try:

@@ -105,9 +105,7 @@ def load_manifest(path: Path) -> Manifest:
             "there is no such file", file=path, mend="Only data sets that csp wrote can be read here"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"this is not a manifest ({error!r})", file=path, mend="Write the data set again"
-        ) from error
+        raise UserError(f"this is not a manifest ({error!r})", file=path, mend="Write the data set again") from error
 
 
 def published_splits(directory: Path) -> tuple[str, ...]:

@@ -48,9 +48,7 @@ class Region:
         if not isinstance(other, Region):
             return NotImplemented
         mine = (self.keyword, self.box, self.score, self.image)
-        return mine == (other.keyword, other.box, other.score, other.image) and np.array_equal(
-            self.mask, other.mask
-        )
+        return mine == (other.keyword, other.box, other.score, other.image) and np.array_equal(self.mask, other.mask)
 
     def __hash__(self) -> int:
         return hash((self.keyword, self.box, self.score, self.image))
@@ -128,8 +126,7 @@ ITEM_COLUMNS = {
     "perturbed_image": Column("bytes", "encoded noised image of a materialized set, empty: none"),
 }
 _DEFAULTED: dict[type, set[str]] = {
-    of: {f.name for f in dataclasses.fields(of) if f.default is not dataclasses.MISSING}
-    for of in (Region, Item)
+    of: {f.name for f in dataclasses.fields(of) if f.default is not dataclasses.MISSING} for of in (Region, Item)
 }
 _LIST = {"text": "bytes_list", "bytes": "bytes_list", "int64": "int64_list", "float32": "float_list"}
 
@@ -149,9 +146,7 @@ def decode_mask(runs: np.ndarray, height: int, width: int) -> np.ndarray:
     """The bool[height, width] mask of run lengths uint32[runs]; UserError unless they fill it exactly."""
     total = int(np.sum(runs, dtype=np.int64))
     if total != height * width:
-        raise UserError(
-            f"the mask's runs cover {total} pixels, the image has {height} x {width}", field="mask"
-        )
+        raise UserError(f"the mask's runs cover {total} pixels, the image has {height} x {width}", field="mask")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
 
 
@@ -259,9 +254,7 @@ def decode(data: bytes) -> Record:
         name, dataset, image_id = (_column(features, n, "text")[0] for n in ("id", "dataset", "image_id"))
         images = tuple(_column(features, "images", "bytes"))
         regions = _objects(features, "regions", Region, REGION_COLUMNS)
-        return Record(
-            name, dataset, image_id, images, regions, _objects(features, "items", Item, ITEM_COLUMNS)
-        )
+        return Record(name, dataset, image_id, images, regions, _objects(features, "items", Item, ITEM_COLUMNS))
     except (DecodeError, ValueError, IndexError) as error:
         problem = f"these {len(data)} bytes are not a record ({error})"
         raise UserError(problem, mend="Write the data set again") from error

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from csp_jax.calibration import metrics
+from csp_jax.calibration.binning import bin_count
 from csp_jax.calibration.bootstrap import Interval, bootstrap, over_seeds
 from csp_jax.calibration.presets import Sweep, SweepScores, conventions, csp_scores, get_preset, make_sweep
 from csp_jax.evaluate import SUBSETS, Answers
@@ -24,6 +25,10 @@ READINGS = {
 }
 PRESET, BINS, LEVEL = "csp-classwise", 10, 0.95
 Row = dict[str, Any]
+
+
+def _sweep_scores(bins: int) -> SweepScores:
+    return SweepScores(bins, bin_count(bins, get_preset(PRESET).binning))
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +51,7 @@ class SaidScores:
     def one(self, said: Said, weight: Float[Array, " n"]) -> dict[str, Array]:
         detection = metrics.precision_recall_f1(said.direct_yes, said.is_yes, weight)
         return {
-            **SweepScores(self.bins, get_preset(PRESET).binning)(said.sweep, weight),
+            **_sweep_scores(self.bins)(said.sweep, weight),
             "direct_accuracy": metrics.ratio((said.direct_right * weight).sum(), weight.sum()),
             "direct_precision": detection.precision,
             "direct_recall": detection.recall,
@@ -144,7 +149,7 @@ class MeanScores:
     names: tuple[str, ...] = ("ece", "brier", "auc_correctness", "accuracy")
 
     def one(self, said: Said, masks: Array, weight: Float[Array, " n"]) -> dict[str, Array]:
-        scores = [SweepScores(BINS, get_preset(PRESET).binning)(said.sweep, weight * mask) for mask in masks.T]
+        scores = [_sweep_scores(BINS)(said.sweep, weight * mask) for mask in masks.T]
         return {name: jnp.mean(jnp.stack([score[name] for score in scores])) for name in self.names}
 
     def __call__(self, data: tuple[Any, ...], weight: Float[Array, " n"]) -> dict[str, Array]:

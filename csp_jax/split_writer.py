@@ -247,9 +247,7 @@ class SplitWriter(abc.ABC):
             raise UserError(
                 "the disk is full" if full else f"cannot write the data set ({error})",
                 file=self.directory,
-                mend=f"Free some space and write again{kept}"
-                if full
-                else "Check the directory's permissions",
+                mend=f"Free some space and write again{kept}" if full else "Check the directory's permissions",
             ) from error
 
     def __enter__(self) -> Self:

@@ -19,8 +19,7 @@ class Prompts:
 
     answer: str = "{question}"
     confidence: str = (
-        "A model was asked: {question} It answered: {response}. "
-        "How sure are you that this is right, from 1% to 100%?"
+        "A model was asked: {question} It answered: {response}. How sure are you that this is right, from 1% to 100%?"
     )
     shot: str = "{query} {confidence}"
 
@@ -44,18 +43,14 @@ class Prompts:
         known = {field.name for field in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                raise UserError(
-                    "no such prompt", field=f"prompts.{name}", mend=f"Known: {', '.join(sorted(known))}"
-                )
+                raise UserError("no such prompt", field=f"prompts.{name}", mend=f"Known: {', '.join(sorted(known))}")
         return cls(**values)
 
     def ask(self, question: str) -> str:
         """The ordinary question."""
         return self.answer.format(question=question)
 
-    def ask_confidence(
-        self, question: str, response: str, shots: tuple[tuple[str, str, int], ...] = ()
-    ) -> str:
+    def ask_confidence(self, question: str, response: str, shots: tuple[tuple[str, str, int], ...] = ()) -> str:
         """The confidence query about a response, after `shots`: (question, response, percent) examples."""
         query = self.confidence.format(question=question, response=response.rstrip("."))
         examples = [

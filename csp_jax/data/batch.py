@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from csp_jax.errors import UserError
+
 UNUSED, PLAIN, CHOSEN, REJECTED = 0, 1, 2, 3  # roles of responses; a rejected one follows its chosen one
 
 
@@ -146,7 +148,7 @@ class Place:
     response: int
 
 
-class BatchOverflow(ValueError):
+class BatchOverflow(UserError):
     """A sample that does not fit the shape at all."""
 
 
@@ -216,7 +218,9 @@ class Packer:
             ("targets", most, shape.targets),
         ):
             if has > limit:
-                raise BatchOverflow(f"a sample needs {name} {has}, the batch shape allows {limit}")
+                raise BatchOverflow(
+                    f"a sample needs {has}", field=f"shape.{name}", value=int(limit), mend=f"Set it to {has} or more"
+                )
 
     def _write(self, sample: Sample, trees: list[Tree], row: int) -> None:
         batch = self.batch

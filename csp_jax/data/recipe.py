@@ -159,7 +159,7 @@ class Recipe:
         """Ordinary questions and answers beside the confidence queries, so that answering is kept."""
         usable = [item for item in record.items if item.candidates and item.right == 1]
         count = min(self.config.retention_items, len(usable))
-        chosen = generator.choice(len(usable), count, replace=False) if count else []
+        chosen = generator.permutation(len(usable))[:count]
         return [(asker.answer(usable[i].question, usable[i].response),) for i in chosen]
 
     def draw_percent(self, generator: np.random.Generator) -> int:

@@ -60,9 +60,7 @@ class HostFamily(abc.ABC):
             count = 1
             if token == self.image_token:
                 if picture == len(slots):
-                    raise UserError(
-                        "the text holds an image mark of its own", value=question[:80], mend="Remove it"
-                    )
+                    raise UserError("the text holds an image mark of its own", value=question[:80], mend="Remove it")
                 count = slots[picture]
                 picture += 1
             tokens.extend([token] * count)
@@ -92,9 +90,7 @@ def open_tokenizer(directory: Path) -> Tokenizer:
     """`tokenizer.json` of a checkpoint folder."""
     file = directory / "tokenizer.json"
     if not file.exists():
-        raise UserError(
-            "there is no tokenizer.json", file=directory, mend="Add the checkpoint's tokenizer files"
-        )
+        raise UserError("there is no tokenizer.json", file=directory, mend="Add the checkpoint's tokenizer files")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:

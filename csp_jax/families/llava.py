@@ -48,9 +48,7 @@ class LlavaHost(HostFamily):
         """Shortest edge to `size`, then the centre."""
         width, height = image.size
         if max(width, height) > 60 * min(width, height):
-            raise UserError(
-                "the picture is too narrow", field="size", value=image.size, mend="At most 60 to 1"
-            )
+            raise UserError("the picture is too narrow", field="size", value=image.size, mend="At most 60 to 1")
         shape = (
             (self.size, int(self.size * height / width))
             if width <= height

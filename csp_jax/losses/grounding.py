@@ -6,6 +6,8 @@ the object on every slot puts pictures and words into one space from the first s
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -38,3 +40,18 @@ def grounding_counts(batch: Batch) -> Terms:
     """Named slots."""
     count = (batch.slot_name >= 0).sum().astype(jnp.float32)
     return {"grounding": count, "slot_accuracy": count}
+
+
+@dataclasses.dataclass(frozen=True)
+class NoLoss:
+    """No loss on responses: the decoder is not run, grounding alone trains."""
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        return {}
+
+    def counts(self, batch: Batch) -> Terms:
+        return {}
+
+    def sums(self, log_probs: Float[Array, "batch targets"], batch: Batch) -> Terms:
+        return {}

@@ -13,16 +13,15 @@ from jaxtyping import Array, Float, Int
 Stacked = TypeVar("Stacked", bound=nnx.Module)
 
 
-class Carried(nnx.Variable):
-    """A tensor that a checkpoint holds and the computation never uses: kept for export, never trained."""
-
-
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype: jnp.dtype) -> Array:
     return (jax.random.normal(rngs.params(), shape, jnp.float32) * scale).astype(dtype)
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`; `axes` are the logical axes of the kernel, read by the sharding rules."""
+    """`x @ kernel + bias`; `axes` are the logical axes of the kernel, read by the sharding rules.
+
+    `scale` is the standard deviation of random weights, 1 / sqrt(in_features) unless given.
+    """
 
     def __init__(
         self,
@@ -31,10 +30,12 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
         axes: tuple[str, str] = ("embed", "mlp"),
+        scale: float | None = None,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(_normal(rngs, (in_features, out_features), in_features**-0.5, dtype), axes=axes)
+        scale = in_features**-0.5 if scale is None else scale
+        self.kernel = nnx.Param(_normal(rngs, (in_features, out_features), scale, dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "... in_features"]) -> Float[Array, "... out_features"]:
@@ -119,12 +120,21 @@ class Mlp(nnx.Module):
 
 
 class GatedMlp(nnx.Module):
-    """`down(silu(gate x) * up x)` (decoders)."""
+    """`down(silu(gate x) * up x)` (decoders); `scales` of random weights: inwards and outwards."""
 
-    def __init__(self, features: int, hidden: int, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
-        self.gate = Linear(features, hidden, axes=("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.up = Linear(features, hidden, axes=("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.down = Linear(hidden, features, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        *,
+        scales: tuple[float | None, float | None] = (None, None),
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        inwards, outwards = scales
+        self.gate = Linear(features, hidden, axes=("embed", "mlp"), scale=inwards, dtype=dtype, rngs=rngs)
+        self.up = Linear(features, hidden, axes=("embed", "mlp"), scale=inwards, dtype=dtype, rngs=rngs)
+        self.down = Linear(hidden, features, axes=("mlp", "embed"), scale=outwards, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... features"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

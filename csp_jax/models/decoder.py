@@ -18,6 +18,7 @@ from csp_jax.models.attention import Layout, attend, attend_tree, rotate
 from csp_jax.models.blocks import Embedding, GatedMlp, Linear, RMSNorm, scan_layers, stack_layers
 
 Tables = tuple[Array, Array]
+INIT_SCALE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +38,21 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
 
 
+def init_scales(config: DecoderConfig) -> tuple[float, float]:
+    """Standard deviations of random weights: small, and smaller still where a layer adds to the residual stream.
+
+    Word embeddings start at 0.02, so a layer that adds more than that drowns which word a position holds.
+    """
+    return INIT_SCALE, INIT_SCALE * (2 * config.num_layers) ** -0.5
+
+
 class Attention(nnx.Module):
     """Projections of grouped-query attention."""
 
     def __init__(self, config: DecoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, head_dim = config.hidden_size, config.head_dim
+
+        inwards, outwards = init_scales(config)
 
         def project(heads: int) -> Linear:
             return Linear(
@@ -49,6 +60,7 @@ class Attention(nnx.Module):
                 heads * head_dim,
                 bias=config.attention_bias,
                 axes=("embed", "heads"),
+                scale=inwards,
                 dtype=dtype,
                 rngs=rngs,
             )
@@ -56,13 +68,15 @@ class Attention(nnx.Module):
         self.query = project(config.num_heads)
         self.key = project(config.num_kv_heads)
         self.value = project(config.num_kv_heads)
-        self.out = Linear(config.num_heads * head_dim, width, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.out = Linear(
+            config.num_heads * head_dim, width, axes=("heads", "embed"), scale=outwards, dtype=dtype, rngs=rngs
+        )
         self.head_dim = head_dim
         if config.num_heads == config.num_kv_heads and width == config.num_heads * head_dim:
             # From random weights, a query starts as a search for tokens like its own, so that words find the
             # picture slots that bear their name; a checkpoint overwrites this.
             for projection in (self.query, self.key):
-                projection.kernel[...] = projection.kernel[...] * 0.2 + jnp.eye(width, dtype=dtype)
+                projection.kernel[...] += jnp.eye(width, dtype=dtype)
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], -1, self.head_dim)
@@ -87,7 +101,7 @@ class Layer(nnx.Module):
         self.attention_norm = RMSNorm(width, epsilon=eps, dtype=dtype)
         self.attention = Attention(config, dtype, rngs)
         self.mlp_norm = RMSNorm(width, epsilon=eps, dtype=dtype)
-        self.mlp = GatedMlp(width, config.intermediate_size, dtype=dtype, rngs=rngs)
+        self.mlp = GatedMlp(width, config.intermediate_size, scales=init_scales(config), dtype=dtype, rngs=rngs)
 
     def feed_forward(self, x: Array) -> Array:
         return x + self.mlp(self.mlp_norm(x))
@@ -118,7 +132,9 @@ class Decoder(nnx.Module):
         self.head = (
             None
             if config.tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size, axes=("embed", "vocab"), dtype=dtype, rngs=rngs)
+            else Linear(
+                config.hidden_size, config.vocab_size, axes=("embed", "vocab"), scale=INIT_SCALE, dtype=dtype, rngs=rngs
+            )
         )
 
     def head_kernel(self) -> Float[Array, "width vocab"]:

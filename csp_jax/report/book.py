@@ -66,9 +66,7 @@ class ResultBook:
         """The rows of counting metrics, as shares of their n items."""
         counting = frozenset(metrics)
         chosen = [row for row in self.rows if row.metric in counting and row.n]
-        return ResultBook(
-            replace(row, value=row.value / row.n, low=math.nan, high=math.nan) for row in chosen
-        )
+        return ResultBook(replace(row, value=row.value / row.n, low=math.nan, high=math.nan) for row in chosen)
 
     def items(self, split: str) -> str:
         """How many items the split's figures rest on, e.g. "600" or "598–600"."""
@@ -77,9 +75,7 @@ class ResultBook:
 
     def spans_seeds(self) -> bool:
         """Whether any figure is a mean over seeds made here, not by the run itself."""
-        return any(
-            len(rows) > 1 and all(row.seed is not None for row in rows) for rows in self._cells.values()
-        )
+        return any(len(rows) > 1 and all(row.seed is not None for row in rows) for rows in self._cells.values())
 
     def largest(self, metric: str) -> float:
         """The largest value of a metric in any row; nan where there is none."""

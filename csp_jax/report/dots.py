@@ -51,18 +51,14 @@ class DotTable:
     height: int
 
 
-def dot_table(
-    book: ResultBook, keys: Sequence[Key], columns: Sequence[tuple[Column, str]]
-) -> DotTable | None:
+def dot_table(book: ResultBook, keys: Sequence[Key], columns: Sequence[tuple[Column, str]]) -> DotTable | None:
     """The dot table of the metrics that any of the models has; None where there is none."""
     scales = [(column, title, _scale(book, keys, column)) for column, title in columns]
     shown = [(column, title, scale) for column, title, scale in scales if scale is not None]
     if not shown:
         return None
     rows = [
-        DotRow(
-            label(key), colour_class(key), [_cell(book, key, column, scale[0]) for column, _, scale in shown]
-        )
+        DotRow(label(key), colour_class(key), [_cell(book, key, column, scale[0]) for column, _, scale in shown])
         for key in keys
     ]
     heads = [(title, column.arrow, scale[1]) for column, title, scale in shown]
@@ -75,9 +71,7 @@ def _scale(book: ResultBook, keys: Sequence[Key], column: Column) -> tuple[Scale
     ends = [end for cell in cells if cell for end in (cell.value, cell.low, cell.high) if not math.isnan(end)]
     if not ends:
         return None
-    steps = (
-        round_steps(min(ends), max(*ends, 1.0)) if column.better > 0 else round_steps(0.0, max(ends), about=3)
-    )
+    steps = round_steps(min(ends), max(*ends, 1.0)) if column.better > 0 else round_steps(0.0, max(ends), about=3)
     scale = Scale(steps[0], steps[-1] if steps[-1] > steps[0] else steps[0] + 1, 0, WIDTH)
     return scale, ticks(scale, steps)
 

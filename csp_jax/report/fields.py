@@ -39,17 +39,13 @@ class Fields:
         return f"{self.where}.{name}" if self.where else name
 
     def bad(self, name: str, problem: str, mend: str | None = None) -> UserError:
-        return UserError(
-            problem, file=self.file, field=self.path(name), value=self.content.get(name), mend=mend
-        )
+        return UserError(problem, file=self.file, field=self.path(name), value=self.content.get(name), mend=mend)
 
     def _get(self, name: str, default: object) -> Any:
         if name in self.content:
             return self.content[name]
         if default is MISSING:
-            raise UserError(
-                "is missing", file=self.file, field=self.path(name), mend=f'add "{name}" to that entry'
-            )
+            raise UserError("is missing", file=self.file, field=self.path(name), mend=f'add "{name}" to that entry')
         return default
 
     def text(self, name: str, default: object = MISSING) -> Any:
@@ -67,9 +63,7 @@ class Fields:
             raise self.bad(name, f"must be a whole number, at least {least}")
         return value
 
-    def number(
-        self, name: str, default: object = MISSING, low: float = -math.inf, high: float = math.inf
-    ) -> Any:
+    def number(self, name: str, default: object = MISSING, low: float = -math.inf, high: float = math.inf) -> Any:
         """A number in [low, high]; null and NaN are read as nan, "there is no value"."""
         value = self._get(name, default)
         if value is default:

@@ -60,12 +60,8 @@ def headline(book: ResultBook) -> Headline:
         sentence = f"Mean calibration error (ECE) {over} {change} after {name}."
         return Headline(sentence, label(subject), colour_class(subject), _facts(book, subject))
     if before is not None:
-        return Headline(
-            f"The base model's mean calibration error (ECE) {over} is {number(before.value)}.", "", "", []
-        )
-    return Headline(
-        "This run has no base model with an ECE on every split, so there is no headline.", "", "", []
-    )
+        return Headline(f"The base model's mean calibration error (ECE) {over} is {number(before.value)}.", "", "", [])
+    return Headline("This run has no base model with an ECE on every split, so there is no headline.", "", "", [])
 
 
 def _facts(book: ResultBook, subject: Key) -> list[Fact]:

@@ -133,9 +133,7 @@ def _interval(conventions: Fields) -> str:
 
 
 def _stages(fields: Fields) -> tuple[Stage, ...]:
-    entries = (
-        Fields(entry, fields.file, f"stages[{i}]") for i, entry in enumerate(fields.items("stages", []))
-    )
+    entries = (Fields(entry, fields.file, f"stages[{i}]") for i, entry in enumerate(fields.items("stages", [])))
     return tuple(Stage(entry.text("name"), entry.number("seconds", low=0.0)) for entry in entries)
 
 
@@ -189,9 +187,7 @@ def _loss_curve(path: Path) -> LossCurve:
         try:
             fields = Fields(json.loads(line), path, f"line {number}")
         except ValueError as error:
-            raise UserError(
-                f"line {number} is not JSON ({error})", file=path, mend="remove the broken line"
-            ) from error
+            raise UserError(f"line {number} is not JSON ({error})", file=path, mend="remove the broken line") from error
         # Lines that carry no loss (an evaluation in between) are none of this curve's points.
         if "loss" in fields.content:
             steps.append(fields.whole("step"))
@@ -231,9 +227,7 @@ def load_strip(run_dir: Path) -> Strip | None:
     if not path.exists():
         return None
     fields = Fields(read_json(path), path)
-    levels = [
-        _level(Fields(entry, path, f"levels[{i}]"), run_dir) for i, entry in enumerate(fields.items("levels"))
-    ]
+    levels = [_level(Fields(entry, path, f"levels[{i}]"), run_dir) for i, entry in enumerate(fields.items("levels"))]
     if not levels:
         raise fields.bad("levels", "must hold at least one level")
     return Strip(fields.text("question"), fields.text("truth"), tuple(levels))
@@ -261,9 +255,7 @@ def _picture(fields: Fields, run_dir: Path) -> Path:
             image.load()
             known = image.format == "PNG"
     except (OSError, SyntaxError) as error:
-        raise fields.bad(
-            "image", f"cannot be read as a picture ({error})", "write the strip again"
-        ) from error
+        raise fields.bad("image", f"cannot be read as a picture ({error})", "write the strip again") from error
     if not known:
         raise fields.bad("image", "is not a PNG file", "write the strip's pictures as PNG")
     return path

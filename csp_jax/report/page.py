@@ -110,9 +110,7 @@ def _write(target: Path, page: str) -> Path:
 
 
 def _table_context(book: ResultBook) -> dict[str, Any]:
-    direct = [
-        key for key in book.keys if any(r.key == key and r.metric == "direct_accuracy" for r in book.rows)
-    ]
+    direct = [key for key in book.keys if any(r.key == key and r.metric == "direct_accuracy" for r in book.rows)]
     rates = book.shares(column.metric for column in RATE_COLUMNS)
     return {
         "main_blocks": blocks(book, book.keys, MAIN_COLUMNS, references=True),
@@ -135,9 +133,7 @@ def _diagram_context(predictions: AllPredictions, book: ResultBook, run: RunInfo
 
     def row(key: Key) -> dict[str, Any]:
         before = base if key != BASE else None
-        panels = [
-            reliability_panel(key, predictions[key], before, split, run.preset, run.bins) for split in splits
-        ]
+        panels = [reliability_panel(key, predictions[key], before, split, run.preset, run.bins) for split in splits]
         return {
             "name": label(key),
             "colour": colour_class(key),
@@ -175,9 +171,7 @@ def _differences(predictions: AllPredictions, book: ResultBook, run: RunInfo) ->
             continue
         drawn = reliability(each, row.split, run.preset, run.bins).ece
         if not abs(row.value - drawn) <= SAME_ECE:
-            lines.append(
-                f"{label(row.key)}, {row.split}: {number(drawn)} drawn, {number(row.value)} reported"
-            )
+            lines.append(f"{label(row.key)}, {row.split}: {number(drawn)} drawn, {number(row.value)} reported")
     return lines
 
 

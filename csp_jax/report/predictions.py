@@ -45,9 +45,7 @@ def load_all_predictions(folder: Path) -> dict[Key, dict[int | None, Predictions
     for path in sorted(folder.glob("*.npz")):
         match = FILE_NAME.fullmatch(path.stem)
         if match is None:
-            raise UserError(
-                "the file name is not <model>-<recipe>[-seedN].npz", file=path, mend="rename or remove it"
-            )
+            raise UserError("the file name is not <model>-<recipe>[-seedN].npz", file=path, mend="rename or remove it")
         key = Key(match["model"], match["recipe"] or "")
         seed = int(match["seed"]) if match["seed"] else None
         found.setdefault(key, {})[seed] = load_predictions(path)
@@ -70,13 +68,9 @@ def load_predictions(path: Path) -> Predictions:
     shapes |= {"image_id": (image_id, (count,)), "split_mask": (mask, (count, splits))}
     for name, (array, shape) in shapes.items():
         if array.shape != shape:
-            raise UserError(
-                f"must have shape {list(shape)}", file=path, field=name, value=list(array.shape), mend=MEND
-            )
+            raise UserError(f"must have shape {list(shape)}", file=path, field=name, value=list(array.shape), mend=MEND)
     if not np.issubdtype(confidence.dtype, np.floating):
-        raise UserError(
-            "must be floating", file=path, field="confidence", value=str(confidence.dtype), mend=MEND
-        )
+        raise UserError("must be floating", file=path, field="confidence", value=str(confidence.dtype), mend=MEND)
     _check_range(path, "confidence", confidence, (confidence < 0) | (confidence > 1), "must lie in [0, 1]")
     _check_range(path, "truth", truth, (truth != 0) & (truth != 1), "must be 0 (yes) or 1 (no)")
     return Predictions(

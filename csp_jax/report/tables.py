@@ -131,9 +131,7 @@ def blocks(book: ResultBook, keys: list[Key], columns: Sequence[Column], referen
     if references:
         for block in made:
             splits = [split for split, _ in block.heads]
-            lines = [
-                _reference(book, keys, splits, columns, *which) for which in REFERENCES if book.has(which[2])
-            ]
+            lines = [_reference(book, keys, splits, columns, *which) for which in REFERENCES if book.has(which[2])]
             block.groups.extend([Group("For reference", lines)] if lines else [])
     return made
 
@@ -141,9 +139,7 @@ def blocks(book: ResultBook, keys: list[Key], columns: Sequence[Column], referen
 def change_blocks(book: ResultBook) -> list[Block]:
     """Differences from the base with their intervals; marked where the interval excludes no change."""
     columns = [column for column in CHANGE_COLUMNS if book.has(column.metric)]
-    keys = [
-        key for key in book.keys if any(book.cell(key, s, c.metric) for s in book.splits for c in columns)
-    ]
+    keys = [key for key in book.keys if any(book.cell(key, s, c.metric) for s in book.splits for c in columns)]
 
     def cell(key: Key, split: str, column: Column) -> Cell:
         value = _look_up(book, key, split, column.metric)
@@ -165,9 +161,7 @@ def _look_up(book: ResultBook, key: Key, split: str, metric: str) -> Value | Non
     return book.mean(key, metric) if split == MEAN else book.cell(key, split, metric)
 
 
-def _block(
-    book: ResultBook, keys: list[Key], splits: list[str], columns: Sequence[Column], make: MakeCell
-) -> Block:
+def _block(book: ResultBook, keys: list[Key], splits: list[str], columns: Sequence[Column], make: MakeCell) -> Block:
     groups: list[Group] = []
     for key in keys:
         line = Line(

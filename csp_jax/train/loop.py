@@ -11,7 +11,7 @@ import dataclasses
 import math
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,9 +25,10 @@ from flax import nnx
 
 from csp_jax.config import LossConfig, NoiseConfig, OptimizerConfig, TrainConfig, read_yaml
 from csp_jax.data.batch import Batch, Packer, Shape
-from csp_jax.data.recipe import RECIPES, Drawn
+from csp_jax.data.recipe import RECIPES, Drawn, Objective
 from csp_jax.data.shards import ShardSource, record_dataset
 from csp_jax.errors import Interrupted, UserError
+from csp_jax.losses.grounding import NoLoss
 from csp_jax.losses.interface import Loss
 from csp_jax.losses.sft import SftLoss
 from csp_jax.losses.simpo import SimpoLoss
@@ -87,6 +88,8 @@ def make_loss(config: LossConfig) -> Loss:
     """The configured loss."""
     if config.name == "sft":
         return SftLoss()
+    if config.name == "grounding":
+        return NoLoss()
     return SimpoLoss(config.beta, config.simpo_gamma, config.nll_weight, config.label_smoothing, config.retention)
 
 
@@ -151,7 +154,7 @@ class Run:
 
     def _steps(self) -> int:
         config = self.config
-        records = min(config.data.limit or len(self.source), len(self.source))
+        records = len(self.source)
         per_step = config.batch.rows * config.batch.accumulation
         return config.run.steps or max(int(config.run.epochs * records) // per_step, 1)
 
@@ -164,8 +167,9 @@ class Run:
     def dataset(self) -> Any:
         """The run's batches as a Grain data set."""
         config = self.config
+        objective: Objective = "simpo" if config.loss.name == "simpo" else "sft"
         recipe = RECIPES[config.data.recipe.name](
-            config.data.recipe, str(self.source_folder), read_prompts(config.prompts), config.loss.name
+            config.data.recipe, str(self.source_folder), read_prompts(config.prompts), objective
         )
         sizes = config.data.recipe.shape
         side = self._canvas(recipe.family)
@@ -227,20 +231,28 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
 def prepare_folder(config: TrainConfig) -> None:
     """Write the configuration into the run folder, or refuse a folder of another run."""
     out = Path(config.run.out)
     file = out / "config.yaml"
     values = config.model_dump(mode="json")
     if file.exists():
-        before = read_yaml(file)
-        for section, value in values.items():
-            if section != "run" and before.get(section) != value:
+        before, now = flatten(read_yaml(file)), flatten(values)
+        for field in {**before, **now}:
+            if not field.startswith("run.") and before.get(field) != now.get(field):
                 raise UserError(
-                    "the folder holds a run with another configuration",
+                    f"the folder holds a run with another configuration, here it is {now.get(field)!r}",
                     file=file,
-                    field=section,
-                    value=before.get(section),
+                    field=field,
+                    value=before.get(field),
                     mend="Choose another run.out or delete the folder",
                 )
     out.mkdir(parents=True, exist_ok=True)
@@ -283,6 +295,7 @@ def run_steps(run: Run, iterator: Iterator[Window], checkpoints: Checkpoints, st
         log_every=config.log_every,
     )
     late: tuple[int, dict[str, jax.Array], Window] | None = None
+    number = start
 
     def report(entry: tuple[int, dict[str, jax.Array], Window]) -> None:
         number, metrics, window = entry
@@ -300,6 +313,8 @@ def run_steps(run: Run, iterator: Iterator[Window], checkpoints: Checkpoints, st
             late = (number, metrics, window)
             due = config.checkpoint_every and number % config.checkpoint_every == 0
             if due or number == run.steps or stop.received is not None:
+                report(late)  # before the checkpoint: a run that goes on from there will not say it again
+                late = None
                 checkpoints.save(number, run.state, iterator)
             if stop.received is not None:
                 break

@@ -53,7 +53,9 @@ def make_step(
         model = nnx.merge(graphdef, trainable, frozen)
         pixels = batch_pixels(model, batch, key, schedule)
         prompt = model.embed_prompt(batch, pixels, dtype=dtype, remat=remat)
-        sums = loss.sums(score_prompt(model, batch, prompt, remat=remat).log_probs, batch)
+        sums: Terms = {}
+        if loss.coefficients:
+            sums |= loss.sums(score_prompt(model, batch, prompt, remat=remat).log_probs, batch)
         if grounding:
             sums |= grounding_sums(prompt, model.decoder.embed.embedding[...], batch)
         total = sum(weight * sums[name] / counts[name] for name, weight in coefficients.items() if weight != 0.0)

@@ -26,11 +26,11 @@ class Telemetry:
     def __init__(self, directory: Path, *, total: int, start: int, title: str, progress: bool, log_every: int):
         directory.mkdir(parents=True, exist_ok=True)
         self.file = directory / "metrics.jsonl"
+        self._clock, self._counts = time.perf_counter(), Counter[str]()
         self._truncate(start)
         self._lines = self.file.open("a")
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None)
         self.log_every, self.total = log_every, total
-        self._clock, self._counts = time.perf_counter(), Counter[str]()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -53,7 +53,11 @@ class Telemetry:
                     kept.append(line)
             except (json.JSONDecodeError, KeyError):
                 continue  # a line torn by a kill; the step is run again
-        self.file.write_text("".join(f"{line}\n" for line in kept))
+        temporary = self.file.with_suffix(".partial")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.rename(self.file)
+        if kept:
+            self._counts.update(json.loads(kept[-1]).get("counts", {}))
 
     def __enter__(self) -> Telemetry:
         self._bar.start()

@@ -27,9 +27,7 @@ IRREGULAR = {
     "calf": "calves", "loaf": "loaves", "shelf": "shelves", "wife": "wives", "half": "halves", "die": "dice",
     "potato": "potatoes", "tomato": "tomatoes", "hero": "heroes", "human": "humans",
 }  # fmt: skip
-UNCHANGED = frozenset(
-    {"sheep", "deer", "bison", "moose", "shrimp", "salmon", "trout", "swine", "aircraft", "squid"}
-)
+UNCHANGED = frozenset({"sheep", "deer", "bison", "moose", "shrimp", "salmon", "trout", "swine", "aircraft", "squid"})
 
 
 def head_noun(caption: str) -> str | None:

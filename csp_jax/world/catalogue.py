@@ -48,7 +48,5 @@ def embedded_objects() -> tuple[ObjectClass, ...]:
     for number, entry in enumerate(entries):
         left, top = number % columns * TILE, number // columns * TILE
         cutout = crop_to_alpha(atlas.crop((left, top, left + TILE, top + TILE)))
-        classes.append(
-            ObjectClass(entry["name"], entry["plural"], entry["theme"], train=(cutout,), held_out=(cutout,))
-        )
+        classes.append(ObjectClass(entry["name"], entry["plural"], entry["theme"], train=(cutout,), held_out=(cutout,)))
     return tuple(classes)

@@ -29,43 +29,25 @@ class WorldConfig(BaseModel):
     )
     rotation: float = Field(default=12.0, ge=0.0, le=90.0, description="degrees to either side")
     flip: bool = True
-    brightness: float = Field(
-        default=0.15, ge=0.0, lt=1.0, description="brightness factor is drawn from 1 +- this"
-    )
+    brightness: float = Field(default=0.15, ge=0.0, lt=1.0, description="brightness factor is drawn from 1 +- this")
 
-    theme_share: Fraction = Field(
-        default=0.8, description="chance that an object comes from the scene's theme"
-    )
+    theme_share: Fraction = Field(default=0.8, description="chance that an object comes from the scene's theme")
     zipf: float = Field(default=0.7, ge=0.0, description="class weight = 1 / rank ** zipf")
-    several: Fraction = Field(
-        default=0.6, description="share of scenes that a number question is asked about"
-    )
+    several: Fraction = Field(default=0.6, description="share of scenes that a number question is asked about")
     contact: Fraction = Field(default=0.5, description="share of scenes with a deliberately touching pair")
     visible: Fraction = Field(default=0.7, description="least visible share of an occluded object")
 
-    min_gap: int = Field(
-        default=2, ge=1, description="least gap between the boxes of objects that do not touch"
-    )
+    min_gap: int = Field(default=2, ge=1, description="least gap between the boxes of objects that do not touch")
     clear_gap: int = Field(default=6, ge=2, description="gap from which 'no contact' is a clear case")
-    clear_offset: int = Field(
-        default=10, ge=1, description="centre difference from which left/above is clear"
-    )
+    clear_offset: int = Field(default=10, ge=1, description="centre difference from which left/above is clear")
 
     popular_pool: int = Field(default=12, ge=1, description="popular negatives: drawn from this many classes")
-    adversarial_pool: int = Field(
-        default=6, ge=1, description="adversarial negatives: drawn from this many classes"
-    )
-    statistics_scenes: int = Field(
-        default=10_000, ge=100, description="simulated layouts behind the statistics"
-    )
+    adversarial_pool: int = Field(default=6, ge=1, description="adversarial negatives: drawn from this many classes")
+    statistics_scenes: int = Field(default=10_000, ge=100, description="simulated layouts behind the statistics")
 
     objects: str | None = Field(default=None, description="folder of cut-outs; unset: the embedded objects")
-    backgrounds: str | None = Field(
-        default=None, description="folder of pictures; unset: procedural backgrounds"
-    )
-    classes: str | None = Field(
-        default=None, description="JSON file: cut-out -> noun, or null to leave it out"
-    )
+    backgrounds: str | None = Field(default=None, description="folder of pictures; unset: procedural backgrounds")
+    classes: str | None = Field(default=None, description="JSON file: cut-out -> noun, or null to leave it out")
     shared_only: bool = Field(
         default=False, description="leave out classes of a folder that held-out scenes cannot show"
     )

@@ -56,9 +56,7 @@ def folder_objects(
     for path, name in _files(root, CUTOUTS, exclude):
         noun = mapping[name] if name in mapping else head_noun(_caption(path))
         if noun is None:
-            skipped[name] = (
-                "left out by the class file" if name in mapping else "the caption names no one thing"
-            )
+            skipped[name] = "left out by the class file" if name in mapping else "the caption names no one thing"
             continue
         cutout = _cutout(path, sides[1])
         if _opaque_area(cutout, sides[0]) < LEAST_AREA:
@@ -182,9 +180,7 @@ def _cutout(path: Path, side: int) -> Image.Image:
     low, high = int(alpha.min()), int(alpha.max())
     if low > 127 or high <= 127:
         raise UserError(
-            "the picture is opaque everywhere"
-            if low > 127
-            else "nothing in the picture is more than half opaque",
+            "the picture is opaque everywhere" if low > 127 else "nothing in the picture is more than half opaque",
             file=path,
             mend="Give it an alpha channel that cuts the object out, or exclude the file",
         )

@@ -35,9 +35,7 @@ class Plan:
 
 def draw(rng: np.random.Generator, cumulative: np.ndarray) -> int:
     """An index with the chances whose cumulative sum is given."""
-    return min(
-        int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")), len(cumulative) - 1
-    )
+    return min(int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")), len(cumulative) - 1)
 
 
 class Planner:
@@ -55,9 +53,7 @@ class Planner:
         self._everything = np.concatenate([members for members, _ in self._themes])
         weights = [np.diff(cumulative, prepend=0.0) for _, cumulative in self._themes]
         theme_weights = np.diff(self._theme_choice, prepend=0.0)
-        self._everything_choice = np.cumsum(
-            np.concatenate([w * t / w.sum() for w, t in zip(weights, theme_weights)])
-        )
+        self._everything_choice = np.cumsum(np.concatenate([w * t / w.sum() for w, t in zip(weights, theme_weights)]))
         self._counts = np.cumsum(COUNT_SHARES)
         self._beside, self._alone = np.cumsum(SINGLES_BESIDE_SEVERAL), np.cumsum(SINGLES_ALONE)
 
@@ -83,11 +79,7 @@ class Planner:
         chosen: list[int] = []
         while len(chosen) < number:
             of_theme = rng.random() < self.config.theme_share and not set(members.tolist()) <= set(chosen)
-            index = (
-                members[draw(rng, choice)]
-                if of_theme
-                else self._everything[draw(rng, self._everything_choice)]
-            )
+            index = members[draw(rng, choice)] if of_theme else self._everything[draw(rng, self._everything_choice)]
             if int(index) not in chosen:
                 chosen.append(int(index))
         return chosen

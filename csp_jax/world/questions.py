@@ -95,9 +95,7 @@ class Existence:
         questions = [self._present(facts, index, SUBSETS) for index in present]
         return questions + [self._absent(index, tuple(subsets)) for index, subsets in negatives.items()]
 
-    def _negatives(
-        self, rng: np.random.Generator, facts: Facts, subset: str, number: int, used: set[int]
-    ) -> list[int]:
+    def _negatives(self, rng: np.random.Generator, facts: Facts, subset: str, number: int, used: set[int]) -> list[int]:
         present = facts.plan.classes
         absent = [index for index in self.usable if index not in present and index not in used]
         if subset == "popular":
@@ -115,9 +113,7 @@ class Existence:
 
     def _ask(self, index: int, truth: str, regions: tuple[int, ...], subsets: tuple[str, ...]) -> Question:
         name = self.classes[index].name
-        return Question(
-            f"Is there {with_article(name)} in the image?", truth, name, regions, subsets, "existence"
-        )
+        return Question(f"Is there {with_article(name)} in the image?", truth, name, regions, subsets, "existence")
 
 
 def number_questions(rng: np.random.Generator, facts: Facts) -> list[Question]:
@@ -165,9 +161,7 @@ def _pairs(rng: np.random.Generator, facts: Facts) -> list[tuple[Thing, Thing]]:
 def contact_questions(rng: np.random.Generator, facts: Facts, config: WorldConfig) -> list[Question]:
     """A touching pair and one clearly apart, where the scene has both; else one of them at equal rates."""
     pairs = _pairs(rng, facts)
-    touching = [
-        p for p in pairs if facts.plan.touching and {p[0].place, p[1].place} == set(facts.plan.touching)
-    ]
+    touching = [p for p in pairs if facts.plan.touching and {p[0].place, p[1].place} == set(facts.plan.touching)]
     apart = [p for p in pairs if gap(*p) >= config.clear_gap]
     if len(pairs) == 1:
         # Two singles: the scene settles the answer, so the commoner kind is asked about less often.

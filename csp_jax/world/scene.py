@@ -165,9 +165,7 @@ class Layouter:
                 sprites.append(self.maker.sprite(rng, index, place, size))
         return sprites
 
-    def _place(
-        self, rng: np.random.Generator, plan: Plan, sprites: list[Sprite], gap: int
-    ) -> list[Placed] | None:
+    def _place(self, rng: np.random.Generator, plan: Plan, sprites: list[Sprite], gap: int) -> list[Placed] | None:
         placed: list[Placed] = []
         if plan.touching is not None:
             pair = [sprite for sprite in sprites if sprite.place in plan.touching]

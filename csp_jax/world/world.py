@@ -40,9 +40,7 @@ class _Side:
     def __init__(self, config: WorldConfig, classes: tuple[ObjectClass, ...], held_out: bool):
         self.planner = Planner(config, classes, held_out)
         self.layouter = Layouter(config, SpriteMaker(config, classes, held_out))
-        self.statistics = Statistics.simulate(
-            self.planner, len(classes), config.statistics_scenes, config.seed
-        )
+        self.statistics = Statistics.simulate(self.planner, len(classes), config.statistics_scenes, config.seed)
         self.existence = Existence(config, classes, self.planner.usable, self.statistics)
 
 
@@ -89,9 +87,7 @@ class World:
             dataset=self.config.name,
             image_id=identifier,
             images=(_png(scene.render()),),
-            regions=tuple(
-                Region(thing.name, _floats(thing.box), encode_mask(thing.mask)) for thing in facts.things
-            ),
+            regions=tuple(Region(thing.name, _floats(thing.box), encode_mask(thing.mask)) for thing in facts.things),
             items=tuple(q.item(f"{identifier}-q{number:02d}") for number, q in enumerate(questions)),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 from tiny import IMAGE_TOKEN, SIDE, SLOTS, change, difference, tiny_model
 
-from csp_jax.data.batch import PLAIN, Batch, Branch, Packer, Picture, Place, Sample, Shape, merge_branches
+from csp_jax.data.batch import PLAIN, Batch, Branch, Packer, Picture, Place, Sample, Shape, empty_batch, merge_branches
 from csp_jax.losses.logprobs import score
 from csp_jax.perturb import to_canvas
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("exact")
 
 PROMPT, FED, SCORED, GROUPS, PICTURES = 40, 24, 28, 4, 4
 SHARED = Shape(2, PROMPT, GROUPS, FED, SCORED, 24, PICTURES, (SIDE, SIDE))
-ALONE = Shape(48, 48, 1, 0, 40, 1, 2, (SIDE, SIDE))  # a sequence a row, no branch tokens at all
+ALONE = Shape(48, 48, 1, 0, 40, 1, 2, (SIDE, SIDE))  # a sequence a row, all of it prompt
 
 
 class Draw:
@@ -49,14 +50,9 @@ class Draw:
             tokens += (IMAGE_TOKEN,) * SLOTS + self.words(1, 2)
         return tokens
 
-    def sample(self, groups: Sequence[Sequence[Branch]], pictures: int = 1, inside: int = 0, spare: int = 0) -> Sample:
-        prompt = self.prompt(pictures)
-        inside = min(inside, len(prompt) - 1)
-        places = self.generator.permutation(len(prompt) - 1)[:inside]
-        token, weight = self.words(inside, inside), self.weights(inside, 1.0) if inside else ()
-        targets = tuple((int(p), t, w) for p, t, w in zip(places, token, weight, strict=True))
-        trees = tuple(tuple(group) for group in groups) + ((),) * spare
-        return Sample(prompt, tuple(self.picture() for _ in range(pictures)), trees, targets)
+    def sample(self, groups: Sequence[Sequence[Branch]], pictures: int = 1) -> Sample:
+        prompt, images = self.prompt(pictures), tuple(self.picture() for _ in range(pictures))
+        return Sample(prompt, images, tuple(tuple(group) for group in groups))
 
     def tree(self, branches: int) -> list[Branch]:
         """Branches that fork anywhere: each takes up an earlier one's beginning."""
@@ -100,36 +96,30 @@ def bundles(draw: Draw) -> list[Sample]:
     return [draw.sample([[*draw.tree(2), *draw.tree(2)], [*draw.tree(2), *draw.tree(1)]]) for _ in range(2)]
 
 
-def prompt_targets(draw: Draw) -> list[Sample]:
-    """Targets in the prompt, in the slots that groups leave free and in an empty group."""
-    return [draw.sample([draw.tree(2)], inside=6), draw.sample([], inside=8, spare=1), draw.sample([[]], inside=3)]
-
-
 SCENES = {
     "flat": flat,
     "trees": trees,
     "candidates": candidates_in_the_query,
     "packed": packed,
     "bundles": bundles,
-    "prompt_targets": prompt_targets,
 }
 
 
-def alone(samples: Sequence[Sample]) -> list[Sample]:
-    """Each response as one chain of its own: everything in the prompt, its targets at their places."""
-    rows = []
-    for sample in samples:
-        last = len(sample.prompt) - 1
-        for branch in (branch for group in sample.groups for branch in group):
-            targets = tuple(
-                (last + i, token, weight)
-                for i, (token, weight) in enumerate(zip(branch.tokens, branch.weights, strict=True))
-                if weight
-            )
-            rows.append(Sample(sample.prompt + branch.tokens[:-1], sample.pictures, ((),), targets))
-        if sample.prompt_targets:
-            rows.append(Sample(sample.prompt, sample.pictures, ((),), sample.prompt_targets))
-    return rows
+def alone(samples: Sequence[Sample]) -> Batch:
+    """Each branch as one chain of its own in a row of its own, targets at their places; no tree anywhere."""
+    batch = empty_batch(ALONE)
+    chains = [(sample, branch) for sample in samples for group in sample.groups for branch in group]
+    for row, (sample, branch) in enumerate(chains):
+        tokens = sample.prompt + branch.tokens[:-1]
+        batch.prompt_tokens[row, : len(tokens)] = tokens
+        batch.prompt_segment[row, : len(tokens)] = 1
+        for number, picture in enumerate(sample.pictures):
+            batch.canvas[row, number] = picture.canvas
+        count = len(branch.tokens)
+        batch.target_token[row, :count] = branch.tokens
+        batch.target_weight[row, :count] = branch.weights
+        batch.target_parent[row, :count] = np.arange(count) + len(sample.prompt) - 1
+    return batch
 
 
 Evaluate = Callable[[Batch], tuple[np.ndarray, nnx.State]]
@@ -170,15 +160,15 @@ def response(batch: Batch, log_probs: np.ndarray, row: int, number: int) -> np.n
 
 
 def count_responses(sample: Sample) -> int:
-    return sum(map(len, sample.groups)) + bool(sample.prompt_targets)
+    return sum(map(len, sample.groups))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("scene", SCENES)
 def test_branches_are_the_separate_sequences(evaluate, scene, seed):
     samples = SCENES[scene](Draw(seed))
-    batch, places = place_all(SHARED, samples, share_rows=scene in ("packed", "prompt_targets"))
-    single, rows = place_all(ALONE, alone(samples), share_rows=False)
+    batch, places = place_all(SHARED, samples, share_rows=scene == "packed")
+    single = alone(samples)
     log_probs, gradient = evaluate(batch)
     wanted, wanted_gradient = evaluate(single)
 
@@ -187,12 +177,24 @@ def test_branches_are_the_separate_sequences(evaluate, scene, seed):
         for sample, place in zip(samples, places, strict=True)
         for number in range(count_responses(sample))
     ]
-    for found, row in zip(together, rows, strict=True):
-        want = response(single, wanted, row.row, 0)
+    assert not single.target_weight[len(together) :].any()
+    for row, found in enumerate(together):
+        want = response(single, wanted, row, 0)
         assert want.size > 0
         np.testing.assert_allclose(found, want, atol=1e-5, rtol=0)
     assert difference(gradient, wanted_gradient) < 1e-5
     assert log_probs[used_targets(batch)].std() > 0.3  # the model has opinions
+
+
+def test_a_merged_tree_is_one_response(evaluate):
+    """A group that comes as a tree is scored as its branches are, its targets in the same slots."""
+    samples = candidates_in_the_query(Draw(5)) + trees(Draw(5))[:1]
+    merged = [dataclasses.replace(sample, groups=tuple(map(merge_branches, sample.groups))) for sample in samples]
+    batch, _ = place_all(SHARED, samples, share_rows=False)
+    whole, _ = place_all(SHARED, merged, share_rows=False)
+    np.testing.assert_array_equal(evaluate(whole)[0], evaluate(batch)[0])
+    assert whole.role[:, 0].tolist() == [PLAIN, PLAIN]
+    assert not whole.role[:, 1:].any()
 
 
 def test_trees_are_smaller_than_their_branches():
@@ -212,7 +214,7 @@ def test_trees_are_smaller_than_their_branches():
 def scene() -> tuple[Batch, list[Place], list[Sample]]:
     """Three samples in the first row, with groups to spare; one in the second."""
     draw = Draw(7)
-    samples = [draw.sample([draw.tree(3)], inside=3), draw.sample([draw.tree(2), draw.tree(3)]), draw.sample([])]
+    samples = [draw.sample([draw.tree(3)]), draw.sample([draw.tree(2), draw.tree(3)]), draw.sample([draw.tree(1)])]
     samples.append(draw.sample([draw.tree(4)], pictures=2))
     batch, places = place_all(SHARED, samples, share_rows=True)
     assert [place.row for place in places] == [0, 0, 0, 1]
@@ -229,12 +231,13 @@ def used_targets(batch: Batch) -> np.ndarray:
 
 
 def test_padding_content_changes_nothing(evaluate, scene):
-    batch, _, samples = scene
+    batch, places, samples = scene
     log_probs, gradient = evaluate(batch)
     fed = np.zeros_like(batch.tokens, bool)
-    for row, group, count in ((0, 0, samples[0]), (0, 1, samples[1]), (0, 2, samples[1]), (1, 0, samples[3])):
-        tree = merge_branches(count.groups[group - 1 if count is samples[1] else 0])
-        fed[row, group * FED : group * FED + len(tree.tokens)] = True
+    for sample, place in zip(samples, places, strict=True):
+        for number, group in enumerate(sample.groups):
+            start = (place.group + number) * FED
+            fed[place.row, start : start + len(merge_branches(group).tokens)] = True
     spare_pictures = np.array([[3], [2]]) <= np.arange(PICTURES)
     where = spare_pictures[..., None, None, None]
     for low, high in ((0, 4), (4, 96)):  # special tokens and picture slots; ordinary ones

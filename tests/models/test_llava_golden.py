@@ -61,6 +61,7 @@ def whole_prompts(ids: np.ndarray, mask: np.ndarray) -> Batch:
     return Batch(
         prompt_tokens=ids.astype(np.int32),
         prompt_segment=mask.astype(np.int32),
+        slot_name=np.full(ids.shape, -1, np.int32),
         tokens=zeros,
         parent=zeros,
         target_token=following,
@@ -82,7 +83,8 @@ def all_logits(model: Llava, batch: Batch, pixels: np.ndarray | None) -> np.ndar
     @jax.jit
     def run(state: nnx.State, batch: Batch, pixels: Any) -> jax.Array:
         model = nnx.merge(graphdef, state)
-        return model.hidden_states(batch, pixels) @ model.decoder.head_kernel()
+        hidden = model.hidden_states(batch, model.embed_prompt(batch, pixels))
+        return hidden @ model.decoder.head_kernel()
 
     return np.asarray(run(state, batch, pixels))
 

@@ -37,7 +37,7 @@ def model() -> Llava:
 
 
 def shape(rows: int) -> Shape:
-    return Shape(rows, 12, 2, 10, 12, 5, 1, (SIDE, SIDE))
+    return Shape(rows, 12, 2, 16, 14, 5, 1, (SIDE, SIDE))
 
 
 class Samples:
@@ -50,16 +50,17 @@ class Samples:
         return tuple(int(t) for t in self.generator.integers(4, 96, self.generator.integers(low, high + 1)))
 
     def branch(self, role: int, longest: int = 5) -> Branch:
-        query, answer = self.words(1, 2), self.words(1, longest)
+        query, answer = self.words(1, 2), self.words(max(1, longest - 2), longest)
         return Branch(query + answer, (0.0,) * len(query) + (1.0,) * len(answer), role)
 
     def sample(self, number: int) -> Sample:
+        number %= ROWS
         prompt = (1, *(IMAGE_TOKEN,) * SLOTS, *self.words(1, 5))
         groups = []
         if number % 2 == 0:
             groups.append((self.branch(CHOSEN), self.branch(REJECTED)))
         if number % 4 != 2:
-            groups.append((self.branch(PLAIN, 1 + number),))
+            groups.append((self.branch(PLAIN, 1 + number),))  # the later, the longer
         picture = random_picture(self.generator, float(self.generator.integers(0, 101)))
         return Sample(prompt, (picture,), tuple(groups))
 
@@ -89,7 +90,8 @@ def one_step(
     return state, {name: float(value) for name, value in metrics.items()}
 
 
-ADAM = OptimizerConfig(learning_rate=1e-3, schedule="constant", weight_decay=0.1, clip=1.0)
+# A large epsilon: some gradients (of the tower's key biases) are zero but for rounding, and Adam would blow that up.
+ADAM = OptimizerConfig(learning_rate=1e-2, schedule="constant", epsilon=1e-3, weight_decay=0.1, clip=1.0)
 
 
 @pytest.mark.parametrize("loss", [SftLoss(), SimpoLoss(retention=0.7, nll_weight=0.2)], ids=["sft", "simpo"])
@@ -101,7 +103,7 @@ def test_accumulated_is_full_batch(model, loss):
     chain = optax.chain(keep_gradients())
     split, split_metrics = one_step(model, loss, chain, parts)
     full, full_metrics = one_step(model, loss, chain, whole)
-    assert difference(split.optimizer, full.optimizer) < 1e-6
+    assert difference(split.optimizer, full.optimizer) < 3e-6
     assert split_metrics == pytest.approx(full_metrics, rel=1e-5)
     micro = [one_step(model, loss, chain, stack_of(parts, i))[1]["loss"] for i in range(len(counts))]
     assert abs(np.mean(micro) - full_metrics["loss"]) > 1e-3 * full_metrics["loss"]
@@ -153,7 +155,7 @@ def test_eight_devices_are_one(model, on_one_device, parallel, monkeypatch):
     state, history, compiled = run_on(parallel, jax.devices(), model)
     wanted, wanted_history, _ = on_one_device
     for found, want in zip(history, wanted_history, strict=True):
-        assert found == pytest.approx(want, rel=1e-4, abs=1e-6)
+        assert found == pytest.approx(want, rel=1e-4, abs=3e-4)
     assert difference(state.trainable, wanted.trainable) < 1e-5
     assert int(state.step) == 3
     assert compiled._cache_size() == 1
@@ -161,7 +163,8 @@ def test_eight_devices_are_one(model, on_one_device, parallel, monkeypatch):
     axes = {axis for axis in kernel.sharding.spec if axis is not None}
     assert axes == {name for name in ("fsdp", "tensor") if getattr(parallel, name) > 1}
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == kernel.shape]
-    assert [leaf.sharding for leaf in moments] == [kernel.sharding] * 2
+    assert len(moments) == 4  # two of this kernel, two of the gate's
+    assert all(leaf.sharding == kernel.sharding for leaf in moments)
 
 
 def test_one_compilation_for_batches_of_one_shape(on_one_device):
