@@ -126,6 +126,9 @@ def train(config: Annotated[Path, typer.Argument(help="a training's YAML")], set
 
     values = load_config(TrainConfig, config, settings or [])
     _configure_jax()
+    if values.after:
+        before = load_config(TrainConfig, Path(values.after))
+        typer.echo(f"before it: {run(before, title=Path(values.after).stem)}")
     typer.echo(f"model: {run(values, title=config.stem)}")
 
 
@@ -169,6 +172,26 @@ def evaluate_command(
             if row["metric"] in ("accuracy", "f1", "auc_correctness", "brier", "ece", "direct_accuracy")
         ]
     _print_rows(found, as_json, f"{folder} on {split}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint folder")],
+    out: Annotated[Path, typer.Argument(help="a new folder in the hub's layout")],
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+) -> None:
+    """Write a checkpoint in the hub's layout, in the precision asked for."""
+    import jax.numpy as jnp
+
+    from csp_jax.models.registry import load_model
+    from csp_jax.train.checkpoint import export_model
+
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise UserError("no such precision", field="--dtype", value=dtype, mend="Use float32, float16 or bfloat16")
+    if out.exists():
+        raise UserError("is there already", file=out, mend="Choose another folder or delete it")
+    export_model(out, load_model(checkpoint), checkpoint, jnp.dtype(dtype))
+    typer.echo(f"{dtype} checkpoint: {out}")
 
 
 @app.command()

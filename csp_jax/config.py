@@ -145,6 +145,7 @@ class TrainConfig(Section):
     """`csp train`."""
 
     seed: Count = 0
+    after: str = ""  # the YAML of a training that has to be finished before this one starts
     prompts: str = ""  # a YAML file of prompts; empty: the package's own
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

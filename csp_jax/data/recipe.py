@@ -269,8 +269,7 @@ class OriginalRecipe(Recipe):
 
 def evidence_label(percent: float, right: bool, prior: float) -> int:
     """`c [response is right] + (1 - c) prior`, as a whole percentage (design: recipes)."""
-    share = percent / 100
-    return round(100 * (share * right + (1 - share) * prior))
+    return round(percent * right + (100 - percent) * prior)
 
 
 class EvidenceRecipe(Recipe):
@@ -294,25 +293,24 @@ class EvidenceRecipe(Recipe):
         asker = Asker(self.family, self.prompts, (self.family.image_tokens(picture.canvas),))
         bundles: list[Bundle] = []
         for i in generator.permutation(len(items)):
-            if len(bundles) >= self.config.items * 2:
+            if len(bundles) == self.config.items:
                 break
             share = self.visible(record, image, items[i], buried, region, percent, generator)
             if share is None:
                 counts["half_covered"] += 1
                 continue
-            bundles.extend(self.both_responses(asker, items[i], share, counts))
+            bundle = self.both_responses(asker, items[i], share, counts)
+            bundles += [bundle] if bundle else []
         return self.sample(picture, bundles + self.retention(asker, record, generator), counts)
 
-    def both_responses(self, asker: Asker, item: Item, share: float, counts: Counter) -> list[Bundle]:
-        """Every candidate as the response, with its label."""
+    def both_responses(self, asker: Asker, item: Item, share: float, counts: Counter) -> Bundle:
+        """Every candidate as the response, with its label; the queries share what they begin with."""
         prior = 1 / len(item.candidates)
-        bundles = []
+        branches: Bundle = ()
         for response in item.candidates:
             label = evidence_label(share, response == item.truth, prior)
-            bundle = self.label_bundle(asker, item.question, response, label, counts)
-            if bundle:
-                bundles.append(bundle)
-        return bundles
+            branches += self.label_bundle(asker, item.question, response, label, counts) or ()
+        return branches
 
     def choose_region(
         self, record: Record, image: Image.Image, items: list[Item], generator: np.random.Generator

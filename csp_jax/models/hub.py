@@ -271,9 +271,12 @@ def hub_arrays(state: nnx.State, tensors: Iterable[Tensor]) -> dict[str, np.ndar
     return arrays
 
 
-def save_hub(directory: Path, state: nnx.State, tensors: Iterable[Tensor]) -> None:
+def save_hub(directory: Path, state: nnx.State, tensors: Iterable[Tensor], dtype: jnp.dtype | None = None) -> None:
     """Write `model.safetensors` in the hub's layout (atomically: a torn file never has the final name)."""
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / "model.safetensors.partial"
-    save_file(hub_arrays(state, tensors), temporary, metadata={"format": "pt"})
+    arrays = hub_arrays(state, tensors)
+    if dtype is not None:
+        arrays = {key: array.astype(dtype) for key, array in arrays.items()}
+    save_file(arrays, temporary, metadata={"format": "pt"})
     temporary.rename(directory / "model.safetensors")

@@ -61,6 +61,6 @@ def load_model(
     return nnx.merge(graphdef, load_state(directory, state, tensors, place=place, dtype=dtype))
 
 
-def save_model(directory: Path, model: VisionLanguageModel) -> None:
+def save_model(directory: Path, model: VisionLanguageModel, dtype: jnp.dtype | None = None) -> None:
     """Weights of a model in the hub's layout (its `config.json` and tokenizer are the caller's to copy)."""
-    save_hub(directory, nnx.state(model), type(model).tensors(model.config))
+    save_hub(directory, nnx.state(model), type(model).tensors(model.config), dtype)

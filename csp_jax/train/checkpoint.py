@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from flax import nnx
 from grain.checkpoint import CheckpointHandler, CheckpointRestore, CheckpointSave
 
 from csp_jax.errors import UserError
@@ -78,7 +76,7 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def export_model(directory: Path, model: VisionLanguageModel, source: Path) -> None:
+def export_model(directory: Path, model: VisionLanguageModel, source: Path, dtype: jnp.dtype | None = None) -> None:
     """A folder in the hub's layout: weights, and configuration and tokenizer copied from the source folder.
 
     It appears whole or not at all.
@@ -89,19 +87,6 @@ def export_model(directory: Path, model: VisionLanguageModel, source: Path) -> N
     for file in sorted(source.iterdir()):
         if file.is_file() and ".safetensors" not in file.name:
             shutil.copy2(file, temporary / file.name)
-    save_model(temporary, model)
+    save_model(temporary, model, dtype)
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
-
-
-def read_json(file: Path) -> Any:
-    """A JSON file of a run folder."""
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"not JSON ({error})", file=file, mend="Delete it to start the run again") from None
-
-
-def state_arrays(state: nnx.State) -> list[np.ndarray]:
-    """Host copies of a state's values, in order (comparisons)."""
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
