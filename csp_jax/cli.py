@@ -126,10 +126,12 @@ def train(config: Annotated[Path, typer.Argument(help="a training's YAML")], set
 
     values = load_config(TrainConfig, config, settings or [])
     _configure_jax()
-    if values.after:
-        before = load_config(TrainConfig, Path(values.after))
-        typer.echo(f"before it: {run(before, title=Path(values.after).stem)}")
-    typer.echo(f"model: {run(values, title=config.stem)}")
+    chain = [(config, values)]
+    while chain[0][1].after:
+        before = Path(chain[0][1].after)
+        chain.insert(0, (before, load_config(TrainConfig, before)))
+    for file, stage in chain:
+        typer.echo(f"{file}: {run(stage, title=file.stem)}")
 
 
 @app.command("eval")

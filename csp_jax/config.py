@@ -19,7 +19,7 @@ AtLeastOne = Annotated[int, pydantic.Field(ge=1)]
 class Section(pydantic.BaseModel):
     """A part of a configuration: unknown fields are errors, values do not change."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -48,6 +48,7 @@ class RecipeConfig(Section):
 
     name: Literal["answers", "paper", "evidence", "original"] = "evidence"
     items: AtLeastOne = 4  # items asked about a picture
+    categories: tuple[str, ...] = ()  # ordinary questions of these categories only; empty: all
     retention_items: Count = 0  # ordinary questions beside them
     labels: Literal["uniform", "grid"] = "uniform"
     grid: Literal[1, 2, 5, 10, 20, 25] = 10
@@ -56,6 +57,7 @@ class RecipeConfig(Section):
     distractor: Fraction = 0.5
     elsewhere: Fraction = 0.25
     name_slots: bool = False  # name the object on every picture slot, for loss.grounding
+    early_answers: bool = False  # answer yes/no items also right behind the last deciding word
     confidence_items: Count = 0
     confidence_levels: dict[int, Positive] = {}
     shape: ShapeConfig = ShapeConfig()
@@ -163,6 +165,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text())
     except FileNotFoundError:
         raise UserError("there is no such configuration", file=file, mend="Check the path") from None
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", file=file, mend="Give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"not YAML ({error})", file=file, mend="Correct the file") from None
     if values is None:
@@ -185,7 +189,10 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             child = node.get(part)
             node[part] = {**child} if isinstance(child, dict) else {}
             node = node[part]
-        node[last] = yaml.safe_load(text)
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError("not a value", field=path, value=text, mend="Values are read as YAML") from None
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import string
 from collections.abc import Mapping
 
 from csp_jax.errors import UserError
@@ -24,18 +25,22 @@ class Prompts:
     shot: str = "{query} {confidence}"
 
     def __post_init__(self) -> None:
-        for field, names in (
-            ("answer", ("{question}",)),
-            ("confidence", ("{question}", "{response}")),
-            ("shot", ("{query}", "{confidence}")),
-        ):
-            for name in names:
-                if name not in getattr(self, field):
-                    raise UserError(
-                        f"the prompt lacks {name}",
-                        field=f"prompts.{field}",
-                        mend=f"Write {name} where it belongs",
-                    )
+        self._check("answer", {"question"})
+        self._check("confidence", {"question", "response"})
+        self._check("shot", {"query", "confidence"})
+
+    def _check(self, field: str, names: set[str]) -> None:
+        where, text = f"prompts.{field}", getattr(self, field)
+        try:
+            found = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+        except (TypeError, ValueError) as error:
+            mend = "A prompt is text; a brace that is meant is written twice: {{"
+            raise UserError(f"cannot be filled in ({error})", field=where, value=text, mend=mend) from None
+        for name in sorted(names - found):
+            raise UserError(f"the prompt lacks {{{name}}}", field=where, mend=f"Write {{{name}}} where it belongs")
+        for name in sorted(found - names):
+            mend = f"Only {', '.join(sorted(names))} can be filled in; a brace that is meant is written twice"
+            raise UserError(f"nothing is known to fill in for {{{name}}}", field=where, mend=mend)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, str]) -> Prompts:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
@@ -17,7 +18,7 @@ from csp_jax.data.batch import Batch, Packer, Picture, Sample, Shape
 from csp_jax.losses.logprobs import Scores, score
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.llava import Llava
-from csp_jax.models.registry import new_model
+from csp_jax.models.registry import abstract_model
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGE_TOKEN = 3
@@ -65,20 +66,23 @@ def tiny_values(**text: Any) -> dict[str, Any]:
     }
 
 
-def shake(model: Llava, seed: int) -> Llava:
-    """Every leaf moved at random, so that biases, norms and tokens that start at 0 or 1 matter."""
-    graphdef, state = nnx.split(model)
-    leaves, structure = jax.tree.flatten(state)
-    generator = np.random.default_rng(seed)
-    moved = [
-        leaf + 0.05 * generator.standard_normal(leaf.shape).astype(np.float32) if leaf.size else leaf for leaf in leaves
-    ]
-    return nnx.merge(graphdef, jax.tree.unflatten(structure, moved))
+def random_leaf(path: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+    """Kernels that keep the size of what they map; scales about 1; nothing at 0, so that everything matters."""
+    noise = generator.standard_normal(shape).astype(np.float32)
+    if path.endswith(".kernel"):
+        return noise * np.float32(shape[-2] ** -0.5)
+    return np.float32(path.endswith(".scale")) + np.float32(0.05) * noise
 
 
 def tiny_model(seed: int = 0, **text: Any) -> Llava:
     """A random model of `tiny_values`."""
-    return shake(new_model(HubConfig(tiny_values(**text), Path("config.json")), seed), seed)
+    graphdef, state = nnx.split(abstract_model(HubConfig(tiny_values(**text), Path("config.json"))))
+    generator = np.random.default_rng(seed)
+    filled = [
+        (path, leaf.replace(jnp.asarray(random_leaf(".".join(map(str, path)), leaf.get_value().shape, generator))))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
 def jitted_score(model: Llava, batch: Batch, pixels: Any) -> Scores:

@@ -11,6 +11,7 @@ Every recipe is a callable `(record, generator) -> Drawn`; it runs in data worke
 from __future__ import annotations
 
 import dataclasses
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -29,6 +30,7 @@ from csp_jax.families.registry import open_family
 from csp_jax.records import Item, Record, decode_mask
 from csp_jax.text import Prompts, percent_text
 
+UNDECIDING = re.compile(r"( in (the|this) image)?\?$")  # what follows the last word that decides a question
 Bundle = tuple[Branch, ...]
 Objective = Literal["sft", "simpo"]
 
@@ -194,9 +196,10 @@ class AnswerRecipe(Recipe):
         image = self.open(record)
         picture = self.picture(record, image, None, 100.0)
         asker = Asker(self.family, self.prompts, (self.family.image_tokens(picture.canvas),))
-        items = [item for item in record.items if item.right == 1]
+        categories = self.config.categories
+        items = [item for item in record.items if item.right == 1 and (not categories or item.category in categories)]
         order = generator.permutation(len(items))[: self.config.items]
-        bundles: list[Bundle] = [(asker.answer(items[i].question, items[i].response),) for i in order]
+        bundles: list[Bundle] = [self.answers(asker, items[i]) for i in order]
         asked = [item for item in items if len(item.candidates) > 1]
         levels, odds = zip(*self.config.confidence_levels.items()) if self.config.confidence_levels else ((), ())
         for _ in range(self.config.confidence_items if asked and levels else 0):
@@ -209,6 +212,20 @@ class AnswerRecipe(Recipe):
             return drawn
         named = dataclasses.replace(drawn.sample, slot_names=self.slot_names(record, image, drawn.sample))
         return Drawn(named, drawn.counts)
+
+    def answers(self, asker: Asker, item: Item) -> Bundle:
+        """The answer in its place, and for yes/no items also right behind the last word that decides it.
+
+        Answering early is never asked for; it is a shorter way on which a model that starts from nothing finds
+        out that the question has to be compared with the picture.
+        """
+        answer = asker.answer(item.question, item.response)
+        if not (self.config.early_answers and item.candidates):
+            return (answer,)
+        cut = asker.answer(UNDECIDING.sub("", item.question), item.response)
+        place = split_prefix((answer.tokens, cut.tokens), 0)
+        said = answer.tokens[next(number for number, weight in enumerate(answer.weights) if weight)]
+        return (answer, Branch((*answer.tokens[:place], said), (0.0,) * place + (1.0,)))
 
     def slot_names(self, record: Record, image: Image.Image, sample: Sample) -> tuple[tuple[int, int], ...]:
         """At each picture slot the first token of the object that covers most of it (`scene` where none does)."""

@@ -72,11 +72,6 @@ class Attention(nnx.Module):
             config.num_heads * head_dim, width, axes=("heads", "embed"), scale=outwards, dtype=dtype, rngs=rngs
         )
         self.head_dim = head_dim
-        if config.num_heads == config.num_kv_heads and width == config.num_heads * head_dim:
-            # From random weights, a query starts as a search for tokens like its own, so that words find the
-            # picture slots that bear their name; a checkpoint overwrites this.
-            for projection in (self.query, self.key):
-                projection.kernel[...] += jnp.eye(width, dtype=dtype)
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], -1, self.head_dim)
@@ -127,6 +122,8 @@ class Decoder(nnx.Module):
             if config.num_layers > 1
             else None
         )
+        if self.layers is not None:
+            self._match_words_to_slots()
         self.last = Layer(config, dtype, rngs)
         self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype)
         self.head = (
@@ -136,6 +133,17 @@ class Decoder(nnx.Module):
                 config.hidden_size, config.vocab_size, axes=("embed", "vocab"), scale=INIT_SCALE, dtype=dtype, rngs=rngs
             )
         )
+
+    def _match_words_to_slots(self) -> None:
+        """Random start: the first layer's queries look for tokens like their own.
+
+        So words find the picture slots that bear their name from the first step on; a checkpoint overwrites it.
+        """
+        attention, width = self.layers.attention, self.config.hidden_size
+        if self.config.num_heads * self.config.head_dim == self.config.num_kv_heads * self.config.head_dim == width:
+            for projection in (attention.query, attention.key):
+                kernel = projection.kernel[...]
+                projection.kernel[...] = kernel.at[0].add(jnp.eye(width, dtype=kernel.dtype))
 
     def head_kernel(self) -> Float[Array, "width vocab"]:
         """The vocabulary projection (the embedding's transpose when tied)."""

@@ -283,6 +283,14 @@ def test_answers_are_the_true_ones(reader):
         assert {(a.question, a.response) for a in asked} == {(q, item.response) for q, item in items.items()}
 
 
+def test_answers_of_some_categories(reader):
+    recipe = reader.recipe("answers", categories=["existence", "where"])
+    for index in range(5):
+        drawn, items = reader.draw(recipe, index), items_of(reader.record(index))
+        found = {items[a.question].category for a in reader.asked(recipe, drawn.sample)}
+        assert found == {item.category for item in items.values()} & {"existence", "where"}
+
+
 def test_taught_confidence_has_its_levels_whatever_the_response(reader):
     levels = {80: 0.1, 95: 0.3, 100: 0.6}
     recipe = reader.recipe("answers", items=1, confidence_items=8, confidence_levels=levels)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from recipe_reader import Reader, box_mask, items_of, only_picture
+from recipe_reader import Reader, box_mask, items_of, object_masks, only_picture
 from sklearn.base import ClassifierMixin
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
@@ -73,27 +73,26 @@ def bury_wholly(canvases: np.ndarray, masks: np.ndarray) -> np.ndarray:
     return np.asarray(run(*arrays, identities, jax.random.key(0), Schedule("linear")))[:, 0]
 
 
-def draw_scenes(reader: Reader, region: str) -> list[Buried]:
+def draw_scenes(reader: Reader, region: str, scenes: int) -> list[Buried]:
     recipe = reader.recipe("evidence", items=5, clean=0.0, region=region, labels="grid")
-    drawn = [(scene, reader.draw(recipe, scene).sample) for scene in range(SCENES)]
+    drawn = [(scene, reader.draw(recipe, scene).sample) for scene in range(scenes)]
     kept = [(scene, sample) for scene, sample in drawn if only_picture(sample).confidence < 100]
     pictures = [only_picture(sample) for _, sample in kept]
     noised = bury_wholly(np.stack([p.canvas for p in pictures]), np.stack([p.mask for p in pictures]))
     found = []
     for (scene, sample), picture, pixels in zip(kept, pictures, noised, strict=True):
         record = reader.record(scene)
-        covered = [r.keyword for i, r in enumerate(record.regions) if (box_mask(record, i) & picture.mask).sum() > 0]
-        whole = [
+        shapes = object_masks(record) if region == "mask" else [box_mask(record, i) for i in range(len(record.regions))]
+        under = {
             r.keyword
-            for i, r in enumerate(record.regions)
-            if (box_mask(record, i) & picture.mask).sum() >= 0.4 * box_mask(record, i).sum()
-        ]
+            for r, shape in zip(record.regions, shapes, strict=True)
+            if (shape & picture.mask).sum() >= 0.9 * shape.sum()
+        }
         items, asked = items_of(record), {}
         for query in reader.asked(recipe, sample):
             asked[query.question] = (items[query.question], query.percent not in (0, 100))
-        keyword = whole[0] if len(set(whole)) == 1 else ""
+        keyword = under.pop() if len(under) == 1 else ""
         found.append(Buried(scene, outline(picture.mask), content(pixels, picture.mask), keyword, (*asked.values(),)))
-        assert covered or not keyword
     return found
 
 
@@ -104,12 +103,12 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
 
 @pytest.fixture(scope="module")
 def boxes(reader: Reader) -> list[Buried]:
-    return draw_scenes(reader, "box")
+    return draw_scenes(reader, "box", SCENES)
 
 
 @pytest.fixture(scope="module")
 def masks(reader: Reader) -> list[Buried]:
-    return draw_scenes(reader, "mask")
+    return draw_scenes(reader, "mask", SCENES // 2)
 
 
 def linear() -> ClassifierMixin:
@@ -164,47 +163,51 @@ def keyword_rows(scenes: list[Buried], seen: Any) -> tuple[Any, ...]:
     counts = collections.Counter(scene.keyword for scene in scenes if scene.keyword)
     common = {keyword for keyword, _ in counts.most_common(12)}
     rows = [(seen(scene), scene.keyword, scene.scene) for scene in scenes if scene.keyword in common]
-    assert len(rows) > 500
+    assert len(rows) > 200
     return tuple(zip(*rows))
+
+
+@pytest.mark.xfail(strict=True, reason="a box has the proportions of its object")
+def test_a_box_does_not_say_what_is_in_it(boxes):
+    assert advantage(boosted(), *keyword_rows(boxes, lambda scene: scene.outline)) < 3.5
 
 
 @pytest.mark.parametrize("model", [linear, boosted])
-def test_a_box_does_not_say_what_is_in_it(boxes, model):
-    assert advantage(model(), *keyword_rows(boxes, lambda scene: scene.outline)) < 3.5
+def test_pixels_at_0_percent_do_not_say_what_was_there(boxes, model):
+    assert advantage(model(), *keyword_rows(boxes, lambda scene: scene.content)) < 3.5
 
 
 def test_an_outline_does(masks):
-    """Why `evidence` buries boxes; and this classifier would have found out."""
+    """Far more than a box does, and even to a linear classifier: why `evidence` is to bury boxes."""
     assert advantage(linear(), *keyword_rows(masks, lambda scene: scene.outline)) > 8
 
 
-def given_question(scenes: list[Buried], category: str) -> tuple[Any, ...]:
-    """The outline together with what the question asks for: a number, or large against small."""
+def given_question(scenes: list[Buried], categories: tuple[str, ...]) -> tuple[Any, ...]:
+    """The outline together with what the question asks for: its kind, a number, or large against small."""
     rows = []
     for scene in scenes:
         for item, touched in scene.asked:
-            if touched and item.category == category:
+            if touched and item.category in categories:
                 words = [item.question.find(f" {word} ") >= 0 for word in ("one", "two", "three", "four", "large")]
-                rows.append((np.concatenate([scene.outline, words]), item.truth == "yes", scene.scene))
+                kind = [item.category == category for category in categories]
+                rows.append((np.concatenate([scene.outline, words, kind]), item.truth == "yes", scene.scene))
     return tuple(zip(*rows))
 
 
-@pytest.mark.parametrize(
-    "category",
-    [
-        "existence",
-        "left_of",
-        "above",
-        *(
-            pytest.param(category, marks=pytest.mark.xfail(strict=True, reason=reason))
-            for category, reason in (
-                ("size", "a box is as large as its object: the size is not buried"),
-                ("number", "several objects are buried as several boxes: their number is not buried"),
-                ("contact", "the boxes of a touching pair touch"),
-            )
-        ),
-    ],
+ATTRIBUTES = pytest.mark.xfail(
+    strict=True, reason="boxes are as large, as many and as close to each other as the objects under them"
 )
-def test_the_region_does_not_answer_its_question(boxes, category):
-    """Who knows the question beside the region should know no more; of what a box itself shows this is not so."""
-    assert advantage(boosted(), *given_question(boxes, category)) < 3.5
+
+
+@pytest.mark.parametrize(
+    "categories",
+    [
+        ("existence",),
+        ("left_of", "above"),
+        pytest.param(("size", "number", "contact"), marks=ATTRIBUTES),
+    ],
+    ids="-".join,
+)
+def test_the_region_does_not_answer_its_question(boxes, categories):
+    """Who knows the question beside the region should know no more than that."""
+    assert advantage(boosted(), *given_question(boxes, categories)) < 3.5

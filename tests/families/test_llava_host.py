@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import GOLDEN, SLOTS, tiny_values, write_folder
+from tiny import GOLDEN, SLOTS, tiny_model, tiny_values, write_folder
 from tokenizers import Tokenizer, models
 from transformers import CLIPImageProcessorPil
 
@@ -19,8 +19,6 @@ from csp_jax.errors import UserError
 from csp_jax.families.interface import open_image
 from csp_jax.families.llava import LlavaHost
 from csp_jax.families.registry import open_family
-from csp_jax.models.hub import HubConfig
-from csp_jax.models.registry import new_model
 from csp_jax.perturb import to_canvas
 from csp_jax.world.config import WorldConfig
 from csp_jax.world.tokenizer import build_tokenizer
@@ -56,8 +54,7 @@ def test_pixel_values_are_the_golden_ones(llava15, name):
     canvas = llava15.canvas(Image.fromarray(golden["image_u8"]))
     assert (canvas.dtype, canvas.shape) == (np.uint8, (336, 336, 3))
     # any model of the family normalizes alike
-    model = new_model(HubConfig(tiny_values(), Path("config.json")), 0)
-    values = np.asarray(model.normalize(to_canvas(jnp.asarray(canvas))))
+    values = np.asarray(tiny_model().normalize(to_canvas(jnp.asarray(canvas))))
     np.testing.assert_allclose(values, golden["pixel_values"][0].transpose(1, 2, 0), atol=2e-6)
 
 

@@ -64,17 +64,20 @@ def values(ground: Path, out: Path, **changes: Any) -> dict[str, Any]:
 class Child:
     """A training process on one device."""
 
-    def __init__(self, ground: Path, out: Path, **changes: Any):
+    def __init__(self, ground: Path, out: Path, *arguments: str):
         self.out = out
         file = out.with_suffix(".yaml")
-        file.write_text(yaml.safe_dump(values(ground, out, **changes)))
+        file.write_text(yaml.safe_dump(values(ground, out)))
         environment = {**os.environ, "XLA_FLAGS": " ".join(QUICK_COMPILATION), "OMP_NUM_THREADS": "1"}
         environment["JAX_COMPILATION_CACHE_DIR"] = str(ground / "compiled")
         self.log = out.with_suffix(".log")
         with self.log.open("a") as log:
             script = Path(__file__).parent / "train_child.py"
             self.process = subprocess.Popen(
-                [sys.executable, str(script), str(file)], env=environment, stdout=log, stderr=subprocess.STDOUT
+                [sys.executable, str(script), str(file), *arguments],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
 
     def wait(self) -> int:
@@ -135,19 +138,18 @@ def test_a_run_writes_what_it_should(uninterrupted, ground):
 
 @pytest.mark.slow
 def test_killed_and_run_again_is_uninterrupted(ground, uninterrupted):
-    """SIGKILL twice at random moments; what was being written then must not be picked up."""
-    chance = random.Random()
+    """SIGKILL right after a checkpoint, and at a random moment: what was being written must not be picked up."""
     out = ground / "killed"
-    moments = []
-    for low, high in ((1, EVERY + 2), (EVERY + 2, STEPS - 6)):
-        child = Child(ground, out)
-        step, delay = chance.randint(low, high), chance.uniform(0.0, 0.3)
-        moments.append((step, delay))
-        child.wait_for_step(step)
-        time.sleep(delay)
-        child.process.kill()
-        assert child.wait() in (-signal.SIGKILL, 0)
-    print("killed after", moments)
+    child = Child(ground, out, str(EVERY))
+    assert child.wait() == -signal.SIGKILL, child.log.read_text()[-3000:]
+    chance = random.Random()
+    step, delay = chance.randint(EVERY + 1, STEPS - 6), chance.uniform(0.0, 0.3)
+    print(f"killed {delay:.3f} s after the metrics of step {step}")
+    child = Child(ground, out)
+    child.wait_for_step(step)
+    time.sleep(delay)
+    child.process.kill()
+    assert child.wait() in (-signal.SIGKILL, 0)
     Child(ground, out).finish()
     assert_same_run(out, uninterrupted)
 

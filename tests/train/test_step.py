@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from csp_jax.models.hub import flat_paths
 from csp_jax.models.llava import Llava
 from csp_jax.perturb import Schedule
 from csp_jax.sharding import compile_step, make_mesh, put_batch, state_shardings
-from csp_jax.train.loop import make_optimizer
+from csp_jax.train.loop import REMAT, make_optimizer
 from csp_jax.train.state import TrainState, new_state, split_model
 from csp_jax.train.step import make_step
 
@@ -81,38 +82,48 @@ def keep_gradients() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 
 
-def one_step(
-    model: Llava, loss: Loss, optimizer: optax.GradientTransformation, window: Batch
-) -> tuple[TrainState, dict[str, float]]:
+def stepper(
+    model: Llava, loss: Loss, optimizer: optax.GradientTransformation
+) -> Callable[[Batch], tuple[TrainState, dict[str, float]]]:
+    """A first step from the model, compiled once a shape."""
     graphdef, _, _ = split_model(model, ())
     step = jax.jit(make_step(graphdef, loss, optimizer, schedule=Schedule(), seed=3))
-    state, metrics = step(new_state(model, optimizer, ()), window)
-    return state, {name: float(value) for name, value in metrics.items()}
+    start = new_state(model, optimizer, ())
+
+    def run(window: Batch) -> tuple[TrainState, dict[str, float]]:
+        state, metrics = step(start, window)
+        return state, {name: float(value) for name, value in metrics.items()}
+
+    return run
 
 
 # A large epsilon: some gradients (of the tower's key biases) are zero but for rounding, and Adam would blow that up.
 ADAM = OptimizerConfig(learning_rate=1e-2, schedule="constant", epsilon=1e-3, weight_decay=0.1, clip=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [SftLoss(), SimpoLoss(retention=0.7, nll_weight=0.2)], ids=["sft", "simpo"])
 def test_accumulated_is_full_batch(model, loss):
     """Micro-batches of unlike token counts; the mean of micro-batch means would be elsewhere."""
     parts, whole = windows(0, rows=2), windows(0, rows=ROWS)
     counts = np.asarray(parts.target_weight).sum(axis=(1, 2))
     assert counts.max() > 1.5 * counts.min()
-    chain = optax.chain(keep_gradients())
-    split, split_metrics = one_step(model, loss, chain, parts)
-    full, full_metrics = one_step(model, loss, chain, whole)
+    run = stepper(model, loss, keep_gradients())
+    split, split_metrics = run(parts)
+    full, full_metrics = run(whole)
     assert difference(split.optimizer, full.optimizer) < 3e-6
     assert split_metrics == pytest.approx(full_metrics, rel=1e-5)
-    micro = [one_step(model, loss, chain, stack_of(parts, i))[1]["loss"] for i in range(len(counts))]
+    micro = [run(stack_of(parts, number))[1]["loss"] for number in range(len(counts))]
     assert abs(np.mean(micro) - full_metrics["loss"]) > 1e-3 * full_metrics["loss"]
 
     optimizer = make_optimizer(ADAM, 10)
-    split, _ = one_step(model, loss, optimizer, parts)
-    full, _ = one_step(model, loss, optimizer, whole)
-    assert difference(split.trainable, full.trainable) < 1e-6
-    assert difference(full.trainable, new_state(model, optimizer, ()).trainable) > 1e-3
+    _, params, _ = split_model(model, ())
+    after = []
+    for state in (split, full):
+        updates, _ = optimizer.update(state.optimizer, optimizer.init(params), params)
+        after.append(optax.apply_updates(params, updates))
+    assert difference(*after) < 1e-6
+    assert difference(after[0], params) > 1e-3
 
 
 def stack_of(window: Batch, number: int) -> Batch:
@@ -192,7 +203,7 @@ def test_frozen_and_unused_leaves_stay_bit_for_bit(model):
 
 def test_what_the_model_never_reads_is_not_decayed(model):
     optimizer = make_optimizer(ADAM, 3)
-    state, _ = one_step(model, SftLoss(), optimizer, windows(0, rows=ROWS))
+    state, _ = stepper(model, SftLoss(), optimizer)(windows(0, rows=ROWS))
     unused = {name for name in flat_paths(nnx.state(model)) if name.startswith("vision.unused")}
     assert unused == set(flat_paths(state.frozen))
     for name in unused:
@@ -241,6 +252,24 @@ def test_learning_rate_over_the_run(name):
         "cosine": 0.01 + 0.09 * (1 + np.cos(np.pi * tail)) / 2,
     }[name]
     np.testing.assert_allclose(rates[4:], wanted, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_recomputing_activations_changes_nothing(model):
+    """Every remat policy gives the same gradients; bfloat16 gives nearly the same loss."""
+    graphdef, _, _ = split_model(model, ())
+    optimizer, window = keep_gradients(), windows(0, rows=ROWS)
+    state = new_state(model, optimizer, ())
+
+    def run(**options: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        return jax.jit(make_step(graphdef, SftLoss(), optimizer, schedule=Schedule(), seed=3, **options))(state, window)
+
+    wanted, metrics = run()
+    for name in ("full", "dots"):
+        assert difference(run(remat=REMAT[name])[0].optimizer, wanted.optimizer) < 1e-5
+    rough = run(dtype=jnp.bfloat16)[1]["loss"]
+    assert rough != metrics["loss"]
+    assert float(rough) == pytest.approx(float(metrics["loss"]), rel=2e-2)
 
 
 def test_noise_goes_by_step_and_seed(model):
