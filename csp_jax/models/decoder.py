@@ -123,7 +123,7 @@ class Decoder(nnx.Module):
             else None
         )
         if self.layers is not None:
-            self._match_words_to_slots()
+            self._match_words_to_slots(self.layers)
         self.last = Layer(config, dtype, rngs)
         self.norm = RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype)
         self.head = (
@@ -134,12 +134,12 @@ class Decoder(nnx.Module):
             )
         )
 
-    def _match_words_to_slots(self) -> None:
+    def _match_words_to_slots(self, layers: Layer) -> None:
         """Random start: the first layer's queries look for tokens like their own.
 
         So words find the picture slots that bear their name from the first step on; a checkpoint overwrites it.
         """
-        attention, width = self.layers.attention, self.config.hidden_size
+        attention, width = layers.attention, self.config.hidden_size
         if self.config.num_heads * self.config.head_dim == self.config.num_kv_heads * self.config.head_dim == width:
             for projection in (attention.query, attention.key):
                 kernel = projection.kernel[...]
