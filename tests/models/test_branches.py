@@ -13,6 +13,7 @@ from tiny import IMAGE_TOKEN, SIDE, SLOTS, change, difference, tiny_model
 
 from csp_jax.data.batch import PLAIN, Batch, Branch, Packer, Picture, Place, Sample, Shape, empty_batch, merge_branches
 from csp_jax.losses.logprobs import score
+from csp_jax.models.interface import segment_positions
 from csp_jax.perturb import to_canvas
 
 pytestmark = pytest.mark.usefixtures("exact")
@@ -67,6 +68,12 @@ def flat(draw: Draw) -> list[Sample]:
     return [draw.sample([[draw.branch(draw.words(2, 8))] for _ in range(4)]) for _ in range(2)]
 
 
+def deep(draw: Draw) -> list[Sample]:
+    """As deep as a group allows, with a fork near the end: ancestors far away are ancestors too."""
+    stem = draw.words(FED - 2, FED - 2)
+    return [draw.sample([[draw.branch((*stem, 5, 6), 0.3), draw.branch((*stem, 7), 0.3)]]) for _ in range(2)]
+
+
 def trees(draw: Draw) -> list[Sample]:
     return [draw.sample([draw.tree(5)]) for _ in range(2)]
 
@@ -98,6 +105,7 @@ def bundles(draw: Draw) -> list[Sample]:
 
 SCENES = {
     "flat": flat,
+    "deep": deep,
     "trees": trees,
     "candidates": candidates_in_the_query,
     "packed": packed,
@@ -316,6 +324,13 @@ def path(parents: list[int], node: int) -> list[int]:
         found.append(node)
         node = parents[node]
     return found
+
+
+def test_positions_restart_in_every_segment():
+    """Rotary attention would not notice; position-dependent families would."""
+    segment = np.array([[1, 1, 1, 2, 2, 0, 0], [0, 0, 1, 1, 2, 3, 3]])
+    wanted = [[0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 1, 0, 0, 1]]
+    np.testing.assert_array_equal(segment_positions(segment), wanted)
 
 
 def test_an_empty_row_is_harmless(evaluate, scene):
