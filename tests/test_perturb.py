@@ -42,7 +42,7 @@ def alpha_bars(schedule: Schedule, confidence: np.ndarray = PERCENTS) -> np.ndar
 
 
 def test_steps_are_the_floor_for_every_integer_percent():
-    for t_max in [*range(1, 200), 250, 333, 499, 500, 501, 777, 999, 1000, 1001, 4000]:
+    for t_max in [*range(1, 40), 100, 250, 333, 500, 501, 777, 999, 1000, 4000]:
         wanted = [(t_max * (100 - c)) // 100 for c in range(101)]
         schedule = Schedule(t_max=t_max)
         # the compiler may turn a division into a product by the reciprocal: both ways

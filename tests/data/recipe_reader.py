@@ -43,15 +43,17 @@ class Reader:
         config = WorldConfig(statistics_scenes=300)
         values = tiny_values(vocab_size=1024)
         values["vision_config"].update(image_size=config.canvas, patch_size=10)
-        self.world = World(config)
+        self.world, self._records = World(config), {}
         self.folder = write_folder(folder, values, build_tokenizer(config, scenes=100))
 
     def recipe(self, name: str, objective: Objective = "sft", **settings: Any) -> Recipe:
         config = RecipeConfig(name=name, **{"items": 40, "shape": ROOM, **settings})
         return RECIPES[name](config, str(self.folder), Prompts(), objective)
 
-    def record(self, index: int, split: str = "train") -> Record:
-        return self.world.record(split, index)
+    def record(self, index: int) -> Record:
+        if index not in self._records:
+            self._records[index] = self.world.record("train", index)
+        return self._records[index]
 
     def draw(self, recipe: Recipe, index: int, seed: int = 0) -> Drawn:
         return recipe(self.record(index), np.random.default_rng((seed, index)))

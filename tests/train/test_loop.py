@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,21 +155,28 @@ def test_killed_and_run_again_is_uninterrupted(ground, uninterrupted):
     assert_same_run(out, uninterrupted)
 
 
-@pytest.mark.slow
-def test_stopped_and_run_again_is_uninterrupted(ground, uninterrupted):
-    """SIGTERM between two checkpoints: the step is finished, the state saved, nothing done twice."""
-    out = ground / "stopped"
-    child = Child(ground, out)
+@pytest.fixture(scope="module")
+def stopped(ground: Path) -> Child:
+    """A run that was told to stop between two checkpoints."""
+    child = Child(ground, ground / "stopped")
     child.wait_for_step(EVERY + 1)
     child.process.terminate()
     assert child.wait() == INTERRUPTED, child.log.read_text()[-3000:]
-    reached = rows(out)[-1]["step"]
+    return child
+
+
+@pytest.mark.slow
+def test_stopped_and_run_again_is_uninterrupted(ground, uninterrupted, stopped):
+    """SIGTERM: the step is finished, the state saved, nothing done twice."""
+    reached = rows(stopped.out)[-1]["step"]
     assert EVERY < reached < STEPS
-    assert f"stopped after step {reached} of {STEPS}" in child.log.read_text()
-    assert str(reached) in {file.name for file in (out / "checkpoints").iterdir()}
-    assert not (out / "model").exists()
-    Child(ground, out).finish()
-    assert_same_run(out, uninterrupted)
+    assert f"stopped after step {reached} of {STEPS}" in stopped.log.read_text()
+    assert str(reached) in {file.name for file in (stopped.out / "checkpoints").iterdir()}
+    assert not (stopped.out / "model").exists()
+    again = ground / "again"
+    shutil.copytree(stopped.out, again)
+    Child(ground, again).finish()
+    assert_same_run(again, uninterrupted)
 
 
 @pytest.mark.slow
@@ -207,13 +215,10 @@ def test_a_folder_of_another_run_is_refused(ground, uninterrupted, override, fie
 
 
 @pytest.mark.slow
-def test_checkpoints_of_another_model_are_refused(ground, uninterrupted, tmp_path):
+def test_checkpoints_of_another_model_are_refused(ground, stopped):
     """The same configuration, but the checkpoint folder holds another model now."""
-    out = tmp_path / "out"
-    child = Child(ground, out)
-    child.wait_for_step(EVERY + 1)
-    child.process.terminate()
-    assert child.wait() == INTERRUPTED
+    out = ground / "other"
+    shutil.copytree(stopped.out, out)
     config = ground / "checkpoint" / "config.json"
     kept = config.read_text()
     wider = json.loads(kept)
@@ -222,9 +227,9 @@ def test_checkpoints_of_another_model_are_refused(ground, uninterrupted, tmp_pat
     try:
         again = Child(ground, out)
         assert again.wait() == 1
-        assert "choose another run.out" in again.log.read_text()
     finally:
         config.write_text(kept)
+    assert "choose another run.out" in again.log.read_text()
 
 
 def test_folders_that_are_not_there_are_named(ground, tmp_path):
