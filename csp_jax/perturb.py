@@ -42,11 +42,14 @@ class Schedule:
         return jnp.where((steps + 1.0) * 100.0 <= hundredfold, steps + 1.0, steps)
 
     def alpha_bar(self, confidence: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The share of signal variance that confidence (percent) leaves, in [0, 1]; 1 at 100%."""
+        """The share of signal variance that confidence (percent) leaves, in [0, 1]; exactly 1 at 100%."""
+        return jnp.where(confidence >= 100.0, 1.0, jnp.clip(self._alpha_bar(confidence), 0.0, 1.0))
+
+    def _alpha_bar(self, confidence: Float[Array, "..."]) -> Float[Array, "..."]:
         if self.name == "none":
             return jnp.ones_like(confidence)
         if self.name == "linear":
-            return 1.0 - (1 - self.floor) * (100.0 - confidence) / 100.0  # exactly 1 at 100%
+            return 1.0 - (1 - self.floor) * (100.0 - confidence) / 100.0
         steps = self.steps(confidence)
         if self.name == "constant":
             return jnp.exp(steps * jnp.log1p(-self.noise_gamma))

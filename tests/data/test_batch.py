@@ -208,25 +208,20 @@ def test_a_batch_without_pictures():
     st.integers(1, 12),
 )
 def test_grouped_bundles_are_all_there_or_counted(bundles, count, length, targets):
+    bundles = [tuple(dataclasses.replace(branch) for branch in bundle) for bundle in bundles]  # no two the same object
+    owner = {id(branch): number for number, bundle in enumerate(bundles) for branch in bundle}
     groups, left = group_bundles(bundles, count, length, targets)
     assert len(groups) <= count
-    kept = []
+    placed: list[int] = []
     for group in groups:
         tree = merge_branches(group)
         assert len(tree.tokens) <= length
         assert len(tree.targets) <= targets
-        rest = list(group)
-        while rest:  # bundles stay whole and in order: a rejected response follows its chosen one
-            whole = [b for b in bundles if list(b) == rest[: len(b)]]
-            assert whole
-            kept.append(whole[0])
-            rest = rest[len(whole[0]) :]
-    flat = [branch for bundle in bundles for branch in bundle]
-    assert sum(len(group) for group in groups) <= len(flat)
-    for branch in {b for group in groups for b in group}:
-        assert sum(group.count(branch) for group in groups) <= flat.count(branch)
-    if left == 0:
-        assert sum(len(group) for group in groups) == len(flat)
+        numbers = list(dict.fromkeys(owner[id(branch)] for branch in group))
+        # bundles stay whole and in order: a rejected response follows its chosen one
+        assert [id(branch) for branch in group] == [id(branch) for n in numbers for branch in bundles[n]]
+        placed += numbers
+    assert len(set(placed)) == len(placed) == len(bundles) - left
     # what is left over fits no group even alone, or the groups are all in use
     alone = [merge_branches(bundle) for bundle in bundles]
     fits = sum(len(tree.tokens) <= length and len(tree.targets) <= targets for tree in alone)
