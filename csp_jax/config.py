@@ -57,6 +57,7 @@ class RecipeConfig(Section):
     distractor: Fraction = 0.5
     elsewhere: Fraction = 0.25
     name_slots: bool = False  # name the object on every picture slot, for loss.grounding
+    slot_facts: tuple[str, ...] = ()  # free-form categories whose answers name the slots of their objects, too
     early_answers: bool = False  # answer yes/no items also right behind the last deciding word
     confidence_items: Count = 0
     confidence_levels: dict[int, Positive] = {}
@@ -147,7 +148,7 @@ class TrainConfig(Section):
     """`csp train`."""
 
     seed: Count = 0
-    after: str = ""  # the YAML of a training that has to be finished before this one starts
+    after: str | None = None  # the YAML of a training that has to be finished before this one starts
     prompts: str = ""  # a YAML file of prompts; empty: the package's own
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

@@ -19,6 +19,7 @@ from jaxtyping import Bool, UInt8
 from csp_jax.errors import UserError
 
 UNUSED, PLAIN, CHOSEN, REJECTED = 0, 1, 2, 3  # roles of responses; a rejected one follows its chosen one
+SLOT_NAMES = 4  # words that may name a picture slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +46,13 @@ class Sample:
     """A prompt with its pictures and groups of branches; branches of a group share what they begin with.
     A group may also come as a tree that is merged already (one response).
 
-    `slot_names`: (prompt index, token) of picture slots that are to be named (see `losses.grounding`).
+    `slot_names`: (prompt index, tokens) of picture slots that are to be named (see `losses.grounding`).
     """
 
     prompt: tuple[int, ...]
     pictures: tuple[Picture, ...]
     groups: tuple[tuple[Branch, ...] | Tree, ...]
-    slot_names: tuple[tuple[int, int], ...] = ()
+    slot_names: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Batch:
 
     prompt_tokens: Any  # Int[rows prompt]
     prompt_segment: Any  # Int[rows prompt], 0 is padding
-    slot_name: Any  # Int[rows prompt], the token that names a picture slot, -1 where nothing is to be named
+    slot_name: Any  # Int[rows prompt names], the tokens that name a picture slot, -1 where there is none
     tokens: Any  # Int[rows groups*length]
     parent: Any  # Int[rows groups*length]
     target_token: Any  # Int[rows groups*targets]
@@ -165,7 +166,7 @@ def empty_batch(shape: Shape) -> Batch:
     return Batch(
         prompt_tokens=zeros(shape.prompt),
         prompt_segment=zeros(shape.prompt),
-        slot_name=np.full((shape.rows, shape.prompt), -1, np.int32),
+        slot_name=np.full((shape.rows, shape.prompt, SLOT_NAMES), -1, np.int32),
         tokens=zeros(fed),
         parent=zeros(fed),
         target_token=zeros(scored),
@@ -237,8 +238,8 @@ class Packer:
             roles = _roles(branches)
             batch.role[row, response : response + len(roles)] = roles
             group, response = group + 1, response + len(roles)
-        for index, token in sample.slot_names:
-            batch.slot_name[row, start + index] = token
+        for index, tokens in sample.slot_names:
+            batch.slot_name[row, start + index, : len(tokens)] = tokens
 
     def _write_tree(self, row: int, group: int, response: int, root: int, tree: Tree) -> None:
         batch, shape = self.batch, self.shape

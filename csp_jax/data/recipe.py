@@ -23,14 +23,14 @@ from jaxtyping import Bool
 from PIL import Image
 
 from csp_jax.config import RecipeConfig
-from csp_jax.data.batch import CHOSEN, PLAIN, REJECTED, Branch, Picture, Sample, merge_branches, split_prefix
+from csp_jax.data.batch import CHOSEN, PLAIN, REJECTED, SLOT_NAMES, Branch, Picture, Sample, merge_branches, split_prefix
 from csp_jax.errors import UserError
 from csp_jax.families.interface import HostFamily, open_image
 from csp_jax.families.registry import open_family
 from csp_jax.records import Item, Record, decode_mask
 from csp_jax.text import Prompts, percent_text
 
-UNDECIDING = re.compile(r"( in (the|this) image)?\?$")  # what follows the last word that decides a question
+UNDECIDING = re.compile(r"( in (the|this) image| are there)?\?$")  # what follows the last word that decides a question
 Bundle = tuple[Branch, ...]
 Objective = Literal["sft", "simpo"]
 
@@ -214,21 +214,25 @@ class AnswerRecipe(Recipe):
         return Drawn(named, drawn.counts)
 
     def answers(self, asker: Asker, item: Item) -> Bundle:
-        """The answer in its place, and for yes/no items also right behind the last word that decides it.
+        """The answer in its place, and for items with a keyword also right behind the last word that decides it.
 
         Answering early is never asked for; it is a shorter way on which a model that starts from nothing finds
         out that the question has to be compared with the picture.
         """
         answer = asker.answer(item.question, item.response)
-        if not (self.config.early_answers and item.candidates):
+        if not (self.config.early_answers and item.keyword):
             return (answer,)
         cut = asker.answer(UNDECIDING.sub("", item.question), item.response)
         place = split_prefix((answer.tokens, cut.tokens), 0)
-        said = answer.tokens[next(number for number, weight in enumerate(answer.weights) if weight)]
-        return (answer, Branch((*answer.tokens[:place], said), (0.0,) * place + (1.0,)))
+        said = tuple(token for token, weight in zip(answer.tokens, answer.weights) if weight)[:-1]  # without the end
+        return (answer, Branch((*answer.tokens[:place], *said), (0.0,) * place + (1.0,) * len(said)))
 
-    def slot_names(self, record: Record, image: Image.Image, sample: Sample) -> tuple[tuple[int, int], ...]:
-        """At each picture slot the first token of the object that covers most of it (`scene` where none does)."""
+    def slot_names(self, record: Record, image: Image.Image, sample: Sample) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """At each picture slot the name of the object that covers most of it (`scene` where none does).
+
+        With it come the answers to the free-form items of `slot_facts` about this object (its size, for one).
+        Of each word the first token counts.
+        """
         slots = [i for i, token in enumerate(sample.prompt) if token == self.family.image_token]
         side = round(len(slots) ** 0.5)
         height, width = sample.pictures[0].canvas.shape[:2]
@@ -238,10 +242,14 @@ class AnswerRecipe(Recipe):
             mask = self.family.canvas_mask(decode_mask(region.mask, image.height, image.width))
             cells = mask.reshape(side, height // side, side, width // side).mean(axis=(1, 3))
             cover[number + 1] = cells.reshape(-1)
-        names = [" scene", *(f" {region.keyword}" for region in record.regions)]
-        tokens = [self.family.tokenizer.encode(name, add_special_tokens=False).ids[0] for name in names]
-        best = cover.argmax(axis=0)
-        return tuple((slot, tokens[which]) for slot, which in zip(slots, best, strict=True))
+        words = [["scene"], *([region.keyword] for region in record.regions)]
+        for item in record.items:
+            if item.category in self.config.slot_facts:
+                for index in item.regions:
+                    words[index + 1].append(item.response)
+        encode = self.family.tokenizer.encode
+        tokens = [tuple(encode(f" {word}", add_special_tokens=False).ids[0] for word in those) for those in words]
+        return tuple((slot, tokens[which][:SLOT_NAMES]) for slot, which in zip(slots, cover.argmax(axis=0), strict=True))
 
 
 class PaperRecipe(Recipe):

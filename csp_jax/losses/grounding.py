@@ -23,22 +23,20 @@ def _unit(x: Float[Array, "... width"]) -> Float[Array, "... width"]:
 def grounding_sums(
     prompt: Float[Array, "batch prompt width"], embedding: Float[Array, "vocab width"], batch: Batch
 ) -> Terms:
-    """Cross-entropy of the slots' names under scaled cosine similarity, and how often the right name is nearest."""
+    """Cross-entropy of the slots' names under scaled cosine similarity (the mean over a slot's names), and how often
+    the nearest word is one of them."""
     features, words = _unit(prompt.astype(jnp.float32)), _unit(embedding.astype(jnp.float32))
     logits = features @ words.T * prompt.shape[-1] ** -0.5
     named = batch.slot_name >= 0
-    wanted = jnp.maximum(batch.slot_name, 0)[..., None]
-    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), wanted, axis=-1)[..., 0]
-    right = jnp.argmax(logits, axis=-1) == batch.slot_name
-    return {
-        "grounding": -jnp.where(named, log_probs, 0.0).sum(),
-        "slot_accuracy": jnp.where(named, right, False).sum().astype(jnp.float32),
-    }
+    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), jnp.maximum(batch.slot_name, 0), axis=-1)
+    mean = jnp.where(named, log_probs, 0.0).sum(-1) / jnp.maximum(named.sum(-1), 1)
+    right = jnp.argmax(logits, axis=-1)[..., None] == batch.slot_name
+    return {"grounding": -mean.sum(), "slot_accuracy": right.any(-1).sum().astype(jnp.float32)}
 
 
 def grounding_counts(batch: Batch) -> Terms:
     """Named slots."""
-    count = (batch.slot_name >= 0).sum().astype(jnp.float32)
+    count = (batch.slot_name >= 0).any(-1).sum().astype(jnp.float32)
     return {"grounding": count, "slot_accuracy": count}
 
 

@@ -76,6 +76,15 @@ def patchify(pixels: Float[Array, "images height width 3"], size: int) -> Float[
     return grid.transpose(0, 1, 3, 2, 4, 5).reshape(images, -1, size * size * channels)
 
 
+def _positions(config: ClipConfig) -> Float[Array, "positions width"]:
+    """Sines and cosines of column and row: where an untrained tower starts. The class token has no place."""
+    side, width = config.image_size // config.patch_size, config.hidden_size
+    angle = jnp.arange(side)[:, None] * jnp.pi / side * jnp.geomspace(0.5, side / 2, width // 4)
+    waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    places = jnp.concatenate([jnp.tile(waves, (side, 1)), jnp.repeat(waves, side, axis=0)], axis=-1)
+    return jnp.pad(0.5 * places, ((1, 0), (0, width - places.shape[1])))
+
+
 class ClipVision(nnx.Module):
     """Patch embedding, class token, positions, layers; those past the feature layer are carried, not run."""
 
@@ -84,7 +93,7 @@ class ClipVision(nnx.Module):
         self.config = config
         self.patch = Linear(3 * config.patch_size**2, width, axes=("patch", "embed"), dtype=dtype, rngs=rngs)
         self.class_token = nnx.Param(jnp.zeros((width,), dtype), axes=("norm",))
-        self.position = nnx.Param(jnp.zeros((config.patches + 1, width), dtype), axes=("position", "embed"))
+        self.position = nnx.Param(_positions(config).astype(dtype), axes=("position", "embed"))
         self.pre_norm = LayerNorm(width, epsilon=config.layer_norm_eps, dtype=dtype)
         self.layers = stack_layers(lambda keys: ClipLayer(config, dtype, keys), config.used_layers, rngs)
         unused = config.num_layers - config.used_layers

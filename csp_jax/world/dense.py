@@ -14,16 +14,14 @@ SIDES = (("to the left of", 0, -1), ("to the right of", 0, 1), ("above", 1, -1),
 
 
 def dense_questions(rng: np.random.Generator, facts: Facts, config: WorldConfig) -> list[Question]:
-    """Two places, the list, a count, and a neighbour or a size, as far as the scene settles them."""
-    questions = [_list(facts), _count(rng, facts)]
-    order = rng.permutation(len(facts.singles))
-    singles = [facts.singles[i] for i in order]
-    questions += [_where(facts, thing) for thing in singles[:2]]
-    last = [_neighbour(rng, facts, singles, config), _size(singles)]
-    if rng.random() < 0.5:
-        last.reverse()
-    questions += [question for question in last if question is not None][:1]
-    return questions
+    """The list, every count, up to three places, sizes and contacts, and a neighbour, as far as the scene settles them."""
+    questions = [_list(facts), *(_count(facts.of_place(place)) for place in range(len(facts.plan.counts)))]
+    singles = [facts.singles[i] for i in rng.permutation(len(facts.singles))]
+    questions += [_where(facts, thing) for thing in singles[:3]]
+    questions += [_size(thing) for thing in singles if thing.size]
+    questions += _contacts(facts)
+    neighbour = _neighbour(rng, facts, singles, config)
+    return questions + ([neighbour] if neighbour else [])
 
 
 def _ask(text: str, answer: str, keyword: str, things: Sequence[Thing], category: str) -> Question:
@@ -37,11 +35,7 @@ def _list(facts: Facts) -> Question:
     return _ask("What is in the image?", ", ".join(names), "", facts.things, "list")
 
 
-def _count(rng: np.random.Generator, facts: Facts) -> Question:
-    place = facts.plan.counted
-    if place < 0:
-        place = int(rng.random() * len(facts.plan.classes))
-    things = facts.of_place(place)
+def _count(things: Sequence[Thing]) -> Question:
     text = f"How many {things[0].plural} are there?"
     return _ask(text, NUMBER_WORDS[len(things)], things[0].name, things, "count")
 
@@ -76,8 +70,16 @@ def _neighbour(
     return None
 
 
-def _size(singles: Sequence[Thing]) -> Question | None:
-    for thing in singles:
-        if thing.size:
-            return _ask(f"What size is the {thing.name}?", thing.size, thing.name, [thing], "size_word")
-    return None
+def _size(thing: Thing) -> Question:
+    return _ask(f"What size is the {thing.name}?", thing.size, thing.name, [thing], "size_word")
+
+
+def _contacts(facts: Facts) -> list[Question]:
+    """Both ways round, for the pair that touches."""
+    if not facts.plan.touching:
+        return []
+    first, second = (facts.of_place(place)[0] for place in facts.plan.touching)
+    return [
+        _ask(f"What touches the {one.name}?", other.name, one.name, [one], "touch")
+        for one, other in ((first, second), (second, first))
+    ]

@@ -112,7 +112,8 @@ def check_sample(batch: Batch, shape: Shape, sample: Sample, place: Place, start
     segment = set(batch.prompt_segment[row, start:end].tolist())
     assert len(segment) == 1
     assert segment != {0}
-    names = {i: t for i, t in enumerate(batch.slot_name[row, start:end].tolist()) if t >= 0}
+    slots = batch.slot_name[row, start:end].tolist()
+    names = {i: tuple(t for t in tokens if t >= 0) for i, tokens in enumerate(slots) if tokens[0] >= 0}
     assert names == dict(sample.slot_names)
     for number, item in enumerate(sample.pictures):
         at = (row, picture + number)

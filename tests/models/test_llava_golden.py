@@ -61,7 +61,7 @@ def whole_prompts(ids: np.ndarray, mask: np.ndarray) -> Batch:
     return Batch(
         prompt_tokens=ids.astype(np.int32),
         prompt_segment=mask.astype(np.int32),
-        slot_name=np.full(ids.shape, -1, np.int32),
+        slot_name=np.full((*ids.shape, 1), -1, np.int32),
         tokens=zeros,
         parent=zeros,
         target_token=following,

@@ -28,8 +28,9 @@ FORMS = {
     "count": r"How many (?P<a>.+) are there\?",
     "neighbour": r"What is (?P<side>to the left of|to the right of|above|below) the (?P<a>.+)\?",
     "size_word": r"What size is the (?P<a>.+)\?",
+    "touch": r"What touches the (?P<a>.+)\?",
 }
-DENSE = {"where", "list", "count", "neighbour", "size_word"}
+DENSE = {"where", "list", "count", "neighbour", "size_word", "touch"}
 
 
 class Seen:
@@ -104,6 +105,11 @@ def true_answer(item: Item, seen: Seen) -> str:
             return next(word for word, value in WORDS.items() if value == number and " " not in word)
         case "size_word":
             return "large" if seen.side(part["a"]) >= 26 else "small"
+        case "touch":
+            others = [name for name in seen.masks if name != part["a"] and len(seen.masks[name]) == 1]
+            touching = [name for name in others if seen.distance(part["a"], name) <= 2]
+            assert item.truth in touching
+            return item.truth
         case "neighbour":
             return nearest(part["a"], part["side"], seen)
     raise AssertionError(item.category)
