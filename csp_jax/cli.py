@@ -94,11 +94,12 @@ def world(
     overwrite: Annotated[bool, typer.Option(help="replace splits that are there")] = False,
     settings: Overrides = None,
 ) -> None:
-    """Render a world of scenes, masks and questions as shards."""
+    """Render a world of scenes, masks and questions as shards; with --base also what its base starts from."""
     from rich.progress import Progress
 
     from csp_jax.config import load_config
     from csp_jax.world import WorldConfig, build
+    from csp_jax.world.untrained import write_untrained
 
     chosen = list(settings or [])
     chosen += [f"objects={objects}"] if objects else []
@@ -115,6 +116,8 @@ def world(
             lambda split, done, total: bar.update(tasks[split], completed=done),
             overwrite=overwrite,
         )
+    if base:
+        write_untrained(values, out / "untrained")
     typer.echo(f"{sum(wanted.values())} scenes in {out}")
 
 

@@ -27,7 +27,7 @@ from csp_jax.calibration.recalibrate import fit_platt
 from csp_jax.config import DemoConfig, ParallelConfig, TrainConfig, load_config, read_yaml
 from csp_jax.data.shards import ShardSource
 from csp_jax.errors import UserError
-from csp_jax.evaluate import Answers, ask_record, evaluate
+from csp_jax.evaluate import Answers, Scorer, ask_records, evaluate
 from csp_jax.families.interface import open_image
 from csp_jax.families.registry import open_family
 from csp_jax.models.registry import load_model
@@ -222,11 +222,11 @@ class Demo:
             for recipe in self.config.recipes:
                 models[f"sft+simpo ({recipe})"] = self.models["sft+simpo", recipe, self.config.seeds[0]]
             levels = [noised(record, item, level) for level in STRIP_LEVELS]
+            pictures = [shown for shown, _ in levels]
             says = {
-                name: [
-                    ask_record(load_model(folder), open_family(folder), self.prompts, shown, item, self.mesh)
-                    for shown, _ in levels
-                ]
+                name: ask_records(
+                    Scorer(load_model(folder), self.mesh), open_family(folder), self.prompts, pictures, item
+                )
                 for name, folder in models.items()
             }
             (self.out / "strip").mkdir(exist_ok=True)

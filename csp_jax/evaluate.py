@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -80,25 +81,27 @@ class Answers:
             )
 
 
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def _score(
+    graphdef: nnx.GraphDef[VisionLanguageModel], state: nnx.State, batch: Batch, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    model = nnx.merge(graphdef, state)
+    pixels = None if batch.canvas is None else model.normalize(to_canvas(batch.canvas))
+    scores = score(model, batch, pixels, dtype=dtype)
+    return scores.log_probs, scores.top_token
+
+
 class Scorer:
-    """A compiled scoring pass of one model over batches of one shape."""
+    """A scoring pass of one model; models of one structure and batches of one shape share a compilation."""
 
     def __init__(self, model: VisionLanguageModel, mesh: Mesh, dtype: jnp.dtype = jnp.float32):
-        self.mesh = mesh
-        graphdef, state = nnx.split(model)
+        self.mesh, self.dtype = mesh, jnp.dtype(dtype)
+        self._graphdef, state = nnx.split(model)
         self._state = jax.device_put(state, NamedSharding(mesh, P()))
-
-        def run(state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            model = nnx.merge(graphdef, state)
-            pixels = None if batch.canvas is None else model.normalize(to_canvas(batch.canvas))
-            scores = score(model, batch, pixels, dtype=dtype)
-            return scores.log_probs, scores.top_token
-
-        self._run = jax.jit(run)
 
     def __call__(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities of all targets and the model's own tokens there, on the device."""
-        return self._run(self._state, put_batch(batch, self.mesh, leading=0))
+        return _score(self._graphdef, self._state, put_batch(batch, self.mesh, leading=0), dtype=self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,16 +194,18 @@ def evaluate(
     return collect(found)
 
 
-def ask_record(
-    model: VisionLanguageModel, family: HostFamily, prompts: Prompts, record: Record, item: Item, mesh: Mesh
-) -> Reading:
-    """What a model says to one question about one record's picture."""
-    scene = scene_trees(family, prompts, record, (item,))
-    packer = Packer(shape_of([scene.sample], 1))
-    packer.add(scene.sample)
-    log_probs, top = (np.asarray(x)[0] for x in Scorer(model, mesh)(packer.batch))
-    edges = len(scene.questions[0].tree.targets)
-    return read_question(scene.questions[0], log_probs[:edges], top[:edges])
+def ask_records(
+    scorer: Scorer, family: HostFamily, prompts: Prompts, records: Sequence[Record], item: Item
+) -> list[Reading]:
+    """What a model says to one question about each of several pictures, in one batch."""
+    scenes = [scene_trees(family, prompts, record, (item,)) for record in records]
+    ((_, result),) = _sweep(scorer, shape_of([scene.sample for scene in scenes], len(scenes)), scenes)
+    log_probs, top = (np.asarray(x) for x in jax.device_get(result))
+    edges = [len(scene.questions[0].tree.targets) for scene in scenes]
+    return [
+        read_question(scene.questions[0], log_probs[row, :end], top[row, :end])
+        for row, (scene, end) in enumerate(zip(scenes, edges, strict=True))
+    ]
 
 
 def _sweep(

@@ -23,7 +23,17 @@ from jaxtyping import Bool
 from PIL import Image
 
 from csp_jax.config import RecipeConfig
-from csp_jax.data.batch import CHOSEN, PLAIN, REJECTED, SLOT_NAMES, Branch, Picture, Sample, merge_branches, split_prefix
+from csp_jax.data.batch import (
+    CHOSEN,
+    PLAIN,
+    REJECTED,
+    SLOT_NAMES,
+    Branch,
+    Picture,
+    Sample,
+    merge_branches,
+    split_prefix,
+)
 from csp_jax.errors import UserError
 from csp_jax.families.interface import HostFamily, open_image
 from csp_jax.families.registry import open_family
@@ -249,7 +259,9 @@ class AnswerRecipe(Recipe):
                     words[index + 1].append(item.response)
         encode = self.family.tokenizer.encode
         tokens = [tuple(encode(f" {word}", add_special_tokens=False).ids[0] for word in those) for those in words]
-        return tuple((slot, tokens[which][:SLOT_NAMES]) for slot, which in zip(slots, cover.argmax(axis=0), strict=True))
+        return tuple(
+            (slot, tokens[which][:SLOT_NAMES]) for slot, which in zip(slots, cover.argmax(axis=0), strict=True)
+        )
 
 
 class PaperRecipe(Recipe):

@@ -14,7 +14,7 @@ SIDES = (("to the left of", 0, -1), ("to the right of", 0, 1), ("above", 1, -1),
 
 
 def dense_questions(rng: np.random.Generator, facts: Facts, config: WorldConfig) -> list[Question]:
-    """The list, every count, up to three places, sizes and contacts, and a neighbour, as far as the scene settles them."""
+    """The list, counts, up to three places, sizes, contacts and a neighbour, as far as the scene settles them."""
     questions = [_list(facts), *(_count(facts.of_place(place)) for place in range(len(facts.plan.counts)))]
     singles = [facts.singles[i] for i in rng.permutation(len(facts.singles))]
     questions += [_where(facts, thing) for thing in singles[:3]]
