@@ -227,6 +227,8 @@ class WorldSplits(Section):
 class DemoConfig(Section):
     """`csp demo`: which stages run, on how much; the stages themselves are the files in configs/world."""
 
+    world: str | None = None  # a world's YAML; unset: the embedded world
+    base: str = "world"  # the checkpoint folder that every training starts from, `world`: the base of the package
     seeds: tuple[Count, ...] = (0,)
     recipes: tuple[Literal["paper", "evidence"], ...] = ("paper", "evidence")
     splits: WorldSplits = WorldSplits()

@@ -234,7 +234,9 @@ class AnswerRecipe(Recipe):
             return (answer,)
         cut = asker.answer(UNDECIDING.sub("", item.question), item.response)
         place = split_prefix((answer.tokens, cut.tokens), 0)
-        said = tuple(token for token, weight in zip(answer.tokens, answer.weights) if weight)[:-1]  # without the end
+        said = [token for token, weight in zip(answer.tokens, answer.weights) if weight][:-1]  # without the end
+        if not self.family.tokenizer.decode(said[:1]).strip():
+            said = said[1:]  # a blank before digits says nothing
         return (answer, Branch((*answer.tokens[:place], *said), (0.0,) * place + (1.0,) * len(said)))
 
     def slot_names(self, record: Record, image: Image.Image, sample: Sample) -> tuple[tuple[int, tuple[int, ...]], ...]:

@@ -285,6 +285,22 @@ def test_answers_are_the_true_ones(reader):
         assert {(a.question, a.response) for a in asked} == {(q, item.response) for q, item in items.items()}
 
 
+def test_early_answers_come_right_behind_the_deciding_word(reader):
+    recipe = reader.recipe("answers", early_answers=True)
+    decode, rests = recipe.family.tokenizer.decode, collections.Counter()
+    for index in range(10):
+        drawn, items = reader.draw(recipe, index), items_of(reader.record(index))
+        branches = [branch for group in drawn.sample.groups for branch in group]
+        early = [branch for branch in branches if branch.tokens[-1] != branches[0].tokens[-1]]  # no end of answer
+        assert len(early) == sum(bool(item.keyword) for item in items.values())
+        for branch in early:
+            fed = decode([t for t, weight in zip(branch.tokens, branch.weights) if not weight]).strip()
+            said = decode([t for t, weight in zip(branch.tokens, branch.weights) if weight]).strip()
+            whole = [q for q, item in items.items() if q.startswith(fed) and item.response == said]
+            rests[min((q.removeprefix(fed) for q in whole), key=len)] += 1
+    assert set(rests) == {"?", " in the image?", " in this image?", " are there?"}
+
+
 def test_answers_of_some_categories(reader):
     recipe = reader.recipe("answers", categories=["existence", "where"])
     for index in range(5):
