@@ -145,6 +145,8 @@ def evaluate_command(
     limit: Annotated[int, typer.Option(min=0, help="records; 0: all")] = 0,
     rows: Annotated[int, typer.Option(min=1, help="records in a batch")] = 4,
     reading: Annotated[str, typer.Option(help="expected or greedy")] = "expected",
+    shots: Annotated[int, typer.Option(min=0, help="examples before each confidence query")] = 0,
+    shots_split: Annotated[str, typer.Option(help="the split that the examples come from")] = "train",
     out: Annotated[Path | None, typer.Option(help="save what was said as npz")] = None,
     prompts: PromptsFile = "",
     as_json: AsJson = False,
@@ -152,7 +154,7 @@ def evaluate_command(
     """Ask a model for its confidence in every candidate answer of a split, and score it."""
     from csp_jax.config import ParallelConfig
     from csp_jax.data.shards import ShardSource
-    from csp_jax.evaluate import evaluate
+    from csp_jax.evaluate import evaluate, example_shots
     from csp_jax.families.registry import open_family
     from csp_jax.models.registry import load_model
     from csp_jax.results import READINGS, result_rows
@@ -163,9 +165,15 @@ def evaluate_command(
         raise UserError("no such reading", field="--reading", value=reading, mend=f"Use {' or '.join(READINGS)}")
     _configure_jax()
     folder, source = checkpoint_folder(model), ShardSource(shards, split)
-    mesh = make_mesh(ParallelConfig())
     answers = evaluate(
-        load_model(folder), open_family(folder), read_prompts(prompts), source, mesh, limit=limit, rows=rows
+        load_model(folder),
+        open_family(folder),
+        read_prompts(prompts),
+        source,
+        make_mesh(ParallelConfig()),
+        limit=limit,
+        rows=rows,
+        shots=example_shots(ShardSource(shards, shots_split), shots) if shots else (),
     )
     if out:
         answers.save(out)

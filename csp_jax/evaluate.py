@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
-from csp_jax.calibration.protocols import QuestionTree, Reading, question_tree, read_question
+from csp_jax.calibration.protocols import QuestionTree, Reading, Shots, question_tree, read_question
 from csp_jax.data.batch import Batch, Packer, Picture, Sample, Shape, Tree
 from csp_jax.data.recipe import Asker, noise_identity
 from csp_jax.data.shards import ShardSource, evaluation_records
@@ -121,13 +121,33 @@ def shared_prompt(asker: Asker) -> tuple[int, ...]:
     return tokens[: last + 1]
 
 
-def scene_trees(family: HostFamily, prompts: Prompts, record: Record, items: tuple[Item, ...]) -> SceneTrees:
+def example_shots(source: ShardSource, count: int) -> Shots:
+    """Examples to put before a confidence query: `count` questions of a split (one that is not evaluated), with a
+    right response that is called 100% sure and a wrong one that is called 0% sure in turn.
+    """
+    shots: list[tuple[str, str, int]] = []
+    for record in (source[index] for index in range(len(source))):
+        usable = [item for item in record.items if len(item.candidates) > 1]
+        for item in usable[: min(1, count - len(shots))]:
+            right = len(shots) % 2 == 0
+            wrong = next(candidate for candidate in item.candidates if candidate != item.truth)
+            shots.append((item.question, item.truth if right else wrong, 100 if right else 0))
+        if len(shots) == count:
+            return tuple(shots)
+    raise UserError(
+        "the split has too few questions", file=source.directory, field="shots", value=count, mend="Ask for fewer"
+    )
+
+
+def scene_trees(
+    family: HostFamily, prompts: Prompts, record: Record, items: tuple[Item, ...], shots: Shots = ()
+) -> SceneTrees:
     """A record as one sample: its picture in the prompt, one group for each question."""
     canvas = family.canvas(open_image(record.images[0], record.image_id))
     picture = Picture(canvas, np.zeros(canvas.shape[:2], bool), 100.0, noise_identity(record.id))
     asker = Asker(family, prompts, (family.image_tokens(canvas),))
     prompt = shared_prompt(asker)
-    questions = tuple(question_tree(asker, item, len(prompt)) for item in items)
+    questions = tuple(question_tree(asker, item, len(prompt), shots) for item in items)
     return SceneTrees(record, items, questions, Sample(prompt, (picture,), tuple(q.tree for q in questions)))
 
 
@@ -161,6 +181,7 @@ def evaluate(
     *,
     limit: int = 0,
     rows: int = 4,
+    shots: Shots = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
     """Ask a model every question of a split (its first `limit` records), each exactly once over all hosts."""
@@ -175,7 +196,7 @@ def evaluate(
     ]
     records = records[: limit or None]
     scenes = [
-        scene_trees(family, prompts, record, tuple(item for item in record.items if len(item.candidates) > 1))
+        scene_trees(family, prompts, record, tuple(item for item in record.items if len(item.candidates) > 1), shots)
         for record in records
         if record is not None
     ]
