@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import traceback
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from csp_jax import __version__
@@ -42,7 +44,7 @@ def _print_rows(rows: list[dict[str, Any]], as_json: bool, title: str) -> None:
     if as_json:
         print(json.dumps(rows, indent=1, default=str, allow_nan=False))
         return
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for name in rows[0]:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
@@ -309,6 +311,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     error_console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if not debug:
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # checkpoint writers log the trace of what we report
     try:
         app(args=arguments, standalone_mode=True)
     except UserError as error:
