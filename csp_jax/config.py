@@ -52,7 +52,7 @@ class RecipeConfig(Section):
     retention_items: Count = 0  # ordinary questions beside them
     labels: Literal["uniform", "grid"] = "uniform"
     grid: Literal[1, 2, 5, 10, 20, 25] = 10
-    region: Literal["mask", "box", "global"] = "mask"
+    region: Literal["mask", "box", "square", "global"] = "mask"  # square: a box has its object's proportions
     clean: Fraction = 0.3
     distractor: Fraction = 0.5
     elsewhere: Fraction = 0.25

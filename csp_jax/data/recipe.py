@@ -96,6 +96,15 @@ def group_bundles(bundles: list[Bundle], groups: int, length: int, targets: int)
     return [tuple(group) for group in filled if group], left
 
 
+def square_around(box: tuple[int, int, int, int], width: int, height: int) -> tuple[int, int, int, int]:
+    """The square of a box's longer side about its middle, moved (and cut, if it must be) into the picture."""
+    x0, y0, x1, y1 = box
+    side = max(x1 - x0, y1 - y0)
+    left = max(0, min((x0 + x1 - side) // 2, width - side))
+    top = max(0, min((y0 + y1 - side) // 2, height - side))
+    return left, top, min(left + side, width), min(top + side, height)
+
+
 class Recipe:
     """Shared by all recipes: pictures, regions, prompt and grouping."""
 
@@ -183,15 +192,17 @@ class Recipe:
     def region_mask(
         self, record: Record, image: Image.Image, indices: Iterable[int]
     ) -> Bool[np.ndarray, "height width"]:
-        """The union of regions, as masks or as their boxes."""
+        """The union of regions, as masks, as their boxes, or as squares around them."""
         total = np.zeros((image.height, image.width), bool)
         for index in indices:
             region = record.regions[index]
-            if self.config.region == "box":
-                x0, y0, x1, y1 = (round(edge) for edge in region.box)
-                total[y0:y1, x0:x1] = True
-            else:
+            if self.config.region == "mask":
                 total |= decode_mask(region.mask, image.height, image.width)
+                continue
+            x0, y0, x1, y1 = (round(edge) for edge in region.box)
+            if self.config.region == "square":
+                x0, y0, x1, y1 = square_around((x0, y0, x1, y1), image.width, image.height)
+            total[y0:y1, x0:x1] = True
         return total
 
 
