@@ -59,6 +59,7 @@ class RecipeConfig(Section):
     name_slots: bool = False  # name the object on every picture slot, for loss.grounding
     slot_facts: tuple[str, ...] = ()  # free-form categories whose answers name the slots of their objects, too
     early_answers: bool = False  # answer yes/no items also right behind the last deciding word
+    verify_items: Count = 0  # yes/no questions whether a random candidate is right (`answers`)
     confidence_items: Count = 0
     confidence_levels: dict[int, Positive] = {}
     shape: ShapeConfig = ShapeConfig()

@@ -22,11 +22,13 @@ class Prompts:
     confidence: str = (
         "A model was asked: {question} It answered: {response}. How sure are you that this is right, from 1% to 100%?"
     )
+    verify: str = "A model was asked: {question} It answered: {response}. Is this right?"
     shot: str = "{query} {confidence}"
 
     def __post_init__(self) -> None:
         self._check("answer", {"question"})
         self._check("confidence", {"question", "response"})
+        self._check("verify", {"question", "response"})
         self._check("shot", {"query", "confidence"})
 
     def _check(self, field: str, names: set[str]) -> None:
@@ -54,6 +56,10 @@ class Prompts:
     def ask(self, question: str) -> str:
         """The ordinary question."""
         return self.answer.format(question=question)
+
+    def ask_verify(self, question: str, response: str) -> str:
+        """The yes/no question whether a response is right."""
+        return self.verify.format(question=question, response=response.rstrip("."))
 
     def ask_confidence(self, question: str, response: str, shots: tuple[tuple[str, str, int], ...] = ()) -> str:
         """The confidence query about a response, after `shots`: (question, response, percent) examples."""

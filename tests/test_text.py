@@ -119,6 +119,7 @@ def test_the_packages_own_prompts_ask_for_a_percentage_about_another():
         ({"answer": "Say something"}, "prompts.answer", "lacks {question}"),
         ({"answer": "{{question}}"}, "prompts.answer", "lacks {question}"),
         ({"confidence": "{question}?"}, "prompts.confidence", "lacks {response}"),
+        ({"verify": "{response}?"}, "prompts.verify", "lacks {question}"),
         ({"shot": "{query}"}, "prompts.shot", "lacks {confidence}"),
         ({"answer": "{question} {image}"}, "prompts.answer", "fill in for {image}"),
         ({"answer": "{question} {"}, "prompts.answer", "cannot be filled in"),

@@ -223,6 +223,9 @@ class AnswerRecipe(Recipe):
         bundles: list[Bundle] = [self.answers(asker, items[i]) for i in order]
         asked = [item for item in items if len(item.candidates) > 1]
         levels, odds = zip(*self.config.confidence_levels.items()) if self.config.confidence_levels else ((), ())
+        for _ in range(self.config.verify_items if asked else 0):
+            item = asked[generator.integers(len(asked))]
+            bundles.append(self.verification(asker, item, item.candidates[generator.integers(len(item.candidates))]))
         for _ in range(self.config.confidence_items if asked and levels else 0):
             item = asked[generator.integers(len(asked))]
             response = item.candidates[generator.integers(len(item.candidates))]
@@ -240,10 +243,21 @@ class AnswerRecipe(Recipe):
         Answering early is never asked for; it is a shorter way on which a model that starts from nothing finds
         out that the question has to be compared with the picture.
         """
-        answer = asker.answer(item.question, item.response)
-        if not (self.config.early_answers and item.keyword):
+        early = UNDECIDING.sub("", item.question) if self.config.early_answers and item.keyword else None
+        return self.answer_twice(asker, item.question, early, item.response)
+
+    def verification(self, asker: Asker, item: Item, response: str) -> Bundle:
+        """Whether a response is right; early, this can be said right behind it."""
+        question = self.prompts.ask_verify(item.question, response)
+        early = question[: question.rindex(response) + len(response)] if self.config.early_answers else None
+        return self.answer_twice(asker, question, early, "yes" if response == item.truth else "no")
+
+    def answer_twice(self, asker: Asker, question: str, early: str | None, response: str) -> Bundle:
+        """The answer behind the question and, if `early` is what the question begins with, also behind that."""
+        answer = asker.answer(question, response)
+        if early is None:
             return (answer,)
-        cut = asker.answer(UNDECIDING.sub("", item.question), item.response)
+        cut = asker.answer(early, response)
         place = split_prefix((answer.tokens, cut.tokens), 0)
         said = [token for token, weight in zip(answer.tokens, answer.weights) if weight][:-1]  # without the end
         if not self.family.tokenizer.decode(said[:1]).strip():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import pickle
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -299,6 +300,24 @@ def test_early_answers_come_right_behind_the_deciding_word(reader):
             whole = [q for q, item in items.items() if q.startswith(fed) and item.response == said]
             rests[min((q.removeprefix(fed) for q in whole), key=len)] += 1
     assert set(rests) == {"?", " in the image?", " in this image?", " are there?"}
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_verifications_say_whether_a_response_is_right(reader, early):
+    recipe = reader.recipe("answers", items=1, verify_items=6, early_answers=early)
+    decode, right = recipe.family.tokenizer.decode, collections.Counter()
+    for index in range(30):
+        drawn, items = reader.draw(recipe, index), items_of(reader.record(index))
+        for branch in (branch for group in drawn.sample.groups for branch in group):
+            fed = decode([t for t, weight in zip(branch.tokens, branch.weights) if not weight])
+            match = re.search(r"A model was asked: (.*\?) It answered: (yes|no)(\. Is this right\? ASSISTANT:)?$", fed)
+            if match:
+                said = decode([t for t, weight in zip(branch.tokens, branch.weights) if weight]).strip()
+                assert said == ("yes" if items[match[1]].truth == match[2] else "no")
+                right[said, match[2], match[3] is None] += 1
+    assert len(right) == (8 if early else 4)
+    assert sum(right.values()) == 30 * 6 * (1 + early)
+    assert min(right.values()) > 20
 
 
 def test_answers_of_some_categories(reader):
