@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -71,15 +73,40 @@ class LanguageModel:
         turns = [{"role": who, "content": words} for who, words in self.prompts.ask_keyword(question, response)]
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
+    def _tokens(self, pair: tuple[str, str]) -> list[int]:
+        return self.tokenizer(self.prompt(*pair), add_special_tokens=False)["input_ids"]
+
+    @functools.cached_property
+    def _shared(self) -> tuple[list[int], Any]:
+        """The tokens with which every prompt begins (instruction and examples), and the model's keys and values."""
+        first, second = self._tokens(("x", "y")), self._tokens(("z", "w"))
+        length = next(i for i, (a, b) in enumerate(zip(first, second)) if a != b)
+        fed = torch.tensor([first[:length]], device=self.device)
+        return first[:length], self.model(input_ids=fed, use_cache=True, logits_to_keep=1).past_key_values
+
     @torch.inference_mode()
     def __call__(self, pairs: list[tuple[str, str]]) -> list[str]:
-        """What the model says to each (question, response)."""
-        texts = [self.prompt(*pair) for pair in pairs]
-        fed = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(self.device)
+        """What the model says to each (question, response); what all prompts share is computed once."""
+        prefix, cache = self._shared
+        prompts = [self._tokens(pair) for pair in pairs]
+        if any(tokens[: len(prefix)] != prefix for tokens in prompts):
+            prefix, cache = [], None
+        else:
+            cache = copy.deepcopy(cache)
+            cache.batch_repeat_interleave(len(pairs))
+        longest = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        # Padding stands between what is shared and what is not.
+        rows = [[*prefix, *[pad] * (longest - len(tokens)), *tokens[len(prefix) :]] for tokens in prompts]
+        kept = [
+            [1] * len(prefix) + [0] * (longest - len(tokens)) + [1] * (len(tokens) - len(prefix)) for tokens in prompts
+        ]
         said = self.model.generate(
-            **fed,
+            input_ids=torch.tensor(rows, device=self.device),
+            attention_mask=torch.tensor(kept, device=self.device),
+            past_key_values=cache,
             max_new_tokens=self.config.new_tokens,
             do_sample=False,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=pad,
         )
-        return self.tokenizer.batch_decode(said[:, fed["input_ids"].shape[1] :], skip_special_tokens=True)
+        return self.tokenizer.batch_decode(said[:, longest:], skip_special_tokens=True)
