@@ -69,10 +69,16 @@ class ZeroShotDetector:
         )
 
     def _detections(self, found: dict[str, Any]) -> list[Detection]:
-        """Boxes to which the text threshold leaves at least one word of the keyword."""
+        """Boxes to which the text threshold leaves at least one word of the keyword, not only the marks around it."""
         rows = zip(found["boxes"].float().tolist(), found["scores"].float().tolist(), found["text_labels"])
-        kept = [Detection((x0, y0, x1, y1), score) for (x0, y0, x1, y1), score, words in rows if words.strip()]
+        kept = [Detection((x0, y0, x1, y1), score) for (x0, y0, x1, y1), score, words in rows if self._names(words)]
         return sorted(kept, key=lambda detection: -detection.score)
+
+    def _names(self, words: str) -> bool:
+        tokenizer = self.processor.tokenizer
+        for mark in tokenizer.all_special_tokens:
+            words = words if mark == tokenizer.unk_token else words.replace(mark, "")
+        return bool(words.strip(" ."))
 
 
 def open_processor(folder: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from csp_jax.records import Item
@@ -23,6 +24,9 @@ class LocalizeStage:
         self.config, self.detector, self.batch = config, detector, batch
 
     def __call__(self, batch: list[Unit]) -> None:
+        if not self.config.given:
+            for unit in batch:
+                unit.items = [dataclasses.replace(item, regions=()) for item in unit.items]
         open_items = [(unit, item) for unit in batch for item in list(unit.items) if not self._settled(unit, item)]
         found = self._detect((unit, item.keyword) for unit, item in open_items)
         if self.config.retry and self.detector is not None:
@@ -48,7 +52,7 @@ class LocalizeStage:
 
     def _settled(self, unit: Unit, item: Item) -> bool:
         """Does this question need no detector? The source gave its regions, or its object is known to be absent."""
-        if item.regions and self.config.given:
+        if item.regions:
             kept = [index for index in item.regions if self._fits(unit, unit.regions[index].box) == ""]
             if not kept:
                 unit.reject(item, self.name, self._fits(unit, unit.regions[item.regions[0]].box))
@@ -59,9 +63,6 @@ class LocalizeStage:
             unit.counts["boxes_dropped"] += len(item.regions) - len(kept)
             unit.replace(item, regions=tuple(kept))
             return True
-        if item.regions:
-            unit.replace(item, regions=())
-            return False
         if item.category == "existence" and item.truth == "no" and self.config.absent != "search":
             if self.config.absent == "reject":
                 unit.reject(item, self.name, "absent_object", item.keyword)

@@ -338,7 +338,7 @@ def test_nobody_listens():
 
 
 def test_a_run_goes_on_when_the_server_is_back(tmp_path):
-    """The server dies after three answers; the same run then asks for the rest only, and ends like an untroubled one."""
+    """The server dies after three answers; the same run then asks for the rest only, and ends like any other."""
     root = tmp_path / "folder"
     root.mkdir()
     (root / "a.jpg").write_bytes(prep_samples.jpeg_bytes(1))
