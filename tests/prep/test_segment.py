@@ -141,7 +141,7 @@ def test_segment_anything_itself(name):
 def test_segment_anything_says_what_is_missing(tmp_path):
     from data_prep.segment.sam_anything import SegmentAnything
 
-    with pytest.raises(UserError, match="segment-anything cannot be imported|there is no such checkpoint"):
+    with pytest.raises(UserError, match=r"cannot be imported|there is no such checkpoint"):
         SegmentAnything(SamSegmenter(name="segment-anything", checkpoint=str(tmp_path / "sam_vit_b.pth")))
 
 
