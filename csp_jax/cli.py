@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import traceback
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from csp_jax import __version__
@@ -42,7 +44,7 @@ def _print_rows(rows: list[dict[str, Any]], as_json: bool, title: str) -> None:
     if as_json:
         print(json.dumps(rows, indent=1, default=str, allow_nan=False))
         return
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for name in rows[0]:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
@@ -94,11 +96,12 @@ def world(
     overwrite: Annotated[bool, typer.Option(help="replace splits that are there")] = False,
     settings: Overrides = None,
 ) -> None:
-    """Render a world of scenes, masks and questions as shards."""
+    """Render a world of scenes, masks and questions as shards; with --base also what its base starts from."""
     from rich.progress import Progress
 
     from csp_jax.config import load_config
     from csp_jax.world import WorldConfig, build
+    from csp_jax.world.untrained import write_untrained
 
     chosen = list(settings or [])
     chosen += [f"objects={objects}"] if objects else []
@@ -115,6 +118,8 @@ def world(
             lambda split, done, total: bar.update(tasks[split], completed=done),
             overwrite=overwrite,
         )
+    if base:
+        write_untrained(values, out / "untrained")
     typer.echo(f"{sum(wanted.values())} scenes in {out}")
 
 
@@ -142,6 +147,8 @@ def evaluate_command(
     limit: Annotated[int, typer.Option(min=0, help="records; 0: all")] = 0,
     rows: Annotated[int, typer.Option(min=1, help="records in a batch")] = 4,
     reading: Annotated[str, typer.Option(help="expected or greedy")] = "expected",
+    shots: Annotated[int, typer.Option(min=0, help="examples before each confidence query")] = 0,
+    shots_split: Annotated[str, typer.Option(help="the split that the examples come from")] = "train",
     out: Annotated[Path | None, typer.Option(help="save what was said as npz")] = None,
     prompts: PromptsFile = "",
     as_json: AsJson = False,
@@ -149,7 +156,7 @@ def evaluate_command(
     """Ask a model for its confidence in every candidate answer of a split, and score it."""
     from csp_jax.config import ParallelConfig
     from csp_jax.data.shards import ShardSource
-    from csp_jax.evaluate import evaluate
+    from csp_jax.evaluate import evaluate, example_shots
     from csp_jax.families.registry import open_family
     from csp_jax.models.registry import load_model
     from csp_jax.results import READINGS, result_rows
@@ -160,9 +167,15 @@ def evaluate_command(
         raise UserError("no such reading", field="--reading", value=reading, mend=f"Use {' or '.join(READINGS)}")
     _configure_jax()
     folder, source = checkpoint_folder(model), ShardSource(shards, split)
-    mesh = make_mesh(ParallelConfig())
     answers = evaluate(
-        load_model(folder), open_family(folder), read_prompts(prompts), source, mesh, limit=limit, rows=rows
+        load_model(folder),
+        open_family(folder),
+        read_prompts(prompts),
+        source,
+        make_mesh(ParallelConfig()),
+        limit=limit,
+        rows=rows,
+        shots=example_shots(ShardSource(shards, shots_split), shots) if shots else (),
     )
     if out:
         answers.save(out)
@@ -298,6 +311,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     error_console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if not debug:
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # checkpoint writers log the trace of what we report
     try:
         app(args=arguments, standalone_mode=True)
     except UserError as error:

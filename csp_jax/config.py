@@ -52,7 +52,7 @@ class RecipeConfig(Section):
     retention_items: Count = 0  # ordinary questions beside them
     labels: Literal["uniform", "grid"] = "uniform"
     grid: Literal[1, 2, 5, 10, 20, 25] = 10
-    region: Literal["mask", "box", "global"] = "mask"
+    region: Literal["mask", "box", "square", "global"] = "mask"  # square: a box has its object's proportions
     clean: Fraction = 0.3
     distractor: Fraction = 0.5
     elsewhere: Fraction = 0.25
@@ -227,6 +227,8 @@ class WorldSplits(Section):
 class DemoConfig(Section):
     """`csp demo`: which stages run, on how much; the stages themselves are the files in configs/world."""
 
+    world: str | None = None  # a world's YAML; unset: the embedded world
+    base: str = "world"  # the checkpoint folder that every training starts from, `world`: the base of the package
     seeds: tuple[Count, ...] = (0,)
     recipes: tuple[Literal["paper", "evidence"], ...] = ("paper", "evidence")
     splits: WorldSplits = WorldSplits()

@@ -27,7 +27,7 @@ from csp_jax.calibration.recalibrate import fit_platt
 from csp_jax.config import DemoConfig, ParallelConfig, TrainConfig, load_config, read_yaml
 from csp_jax.data.shards import ShardSource
 from csp_jax.errors import UserError
-from csp_jax.evaluate import Answers, ask_record, evaluate
+from csp_jax.evaluate import Answers, Scorer, ask_records, evaluate
 from csp_jax.families.interface import open_image
 from csp_jax.families.registry import open_family
 from csp_jax.models.registry import load_model
@@ -37,7 +37,7 @@ from csp_jax.report import build_report
 from csp_jax.results import READINGS, Row, report_conventions, result_rows, write_rows
 from csp_jax.sharding import make_mesh
 from csp_jax.text import Prompts
-from csp_jax.train.loop import WORLD_BASE, train
+from csp_jax.train.loop import checkpoint_folder, train
 from csp_jax.world import WorldConfig, build
 
 Say = Callable[[str], None]
@@ -118,6 +118,8 @@ class Demo:
         self.mesh = make_mesh(ParallelConfig(data=1), jax.local_devices()[:1])
         self.prompts = Prompts()
         self.models: dict[tuple[str, str, int], Path] = {}
+        self.base = checkpoint_folder(config.base)
+        self.world_config = load_config(WorldConfig, Path(config.world) if config.world else None, [])
 
     @property
     def world(self) -> Path:
@@ -127,12 +129,12 @@ class Demo:
         """Render the scenes of the demo, unless they are there."""
         with self.clock.stage("world"):
             splits = self.config.splits.model_dump()
-            wanted = {"splits": splits, "world": WorldConfig().model_dump(mode="json")}
+            wanted = {"splits": splits, "world": self.world_config.model_dump(mode="json")}
             marker = self.world / "demo.json"
             if marker.exists() and json.loads(marker.read_text()) == wanted:
                 return
             self.say(f"world: {sum(splits.values())} scenes")
-            build(WorldConfig(), self.world, splits, overwrite=True)
+            build(self.world_config, self.world, splits, overwrite=True)
             marker.write_text(json.dumps(wanted))
 
     def stage_config(self, stage: Stage, checkpoint: str, seed: int) -> TrainConfig:
@@ -154,7 +156,7 @@ class Demo:
         """Train every variant for every seed; stages that variants share run once."""
         for seed in self.config.seeds:
             for variant in variants(self.config.recipes, self.ablations):
-                checkpoint = "world"
+                checkpoint = str(self.base)
                 for stage in variant.stages:
                     with self.clock.stage(f"train {stage.folder}"):
                         checkpoint = str(train(self.stage_config(stage, checkpoint, seed), title=stage.folder))
@@ -180,7 +182,7 @@ class Demo:
     def score_all(self) -> list[Row]:
         """Rows of all models on the test split; the base first."""
         with self.clock.stage("ask base"):
-            base = self.ask("base-", WORLD_BASE, "test")
+            base = self.ask("base-", self.base, "test")
         settings: dict[str, Any] = {"reading": self.config.reading, "resamples": self.config.resamples}
         rows: list[Row] = []
         with self.clock.stage("scores"):
@@ -202,7 +204,7 @@ class Demo:
 
     def platt_rows(self, base: Answers, settings: dict[str, Any]) -> list[Row]:
         """The base with Platt scaling fitted on the validation split: what mending the numbers alone can do."""
-        held_out = self.ask("base-", WORLD_BASE, "validation")
+        held_out = self.ask("base-", self.base, "validation")
         said = held_out.expected.reshape(-1)
         right = (np.arange(2) == held_out.truth[:, None]).reshape(-1)
         platt = fit_platt(said, right)
@@ -218,15 +220,15 @@ class Demo:
         """One picture under noise from 100% to 0%, and what each model says under each."""
         with self.clock.stage("strip"):
             record, item = strip_question(ShardSource(self.world, "test"))
-            models = {"base": WORLD_BASE}
+            models = {"base": self.base}
             for recipe in self.config.recipes:
                 models[f"sft+simpo ({recipe})"] = self.models["sft+simpo", recipe, self.config.seeds[0]]
             levels = [noised(record, item, level) for level in STRIP_LEVELS]
+            pictures = [shown for shown, _ in levels]
             says = {
-                name: [
-                    ask_record(load_model(folder), open_family(folder), self.prompts, shown, item, self.mesh)
-                    for shown, _ in levels
-                ]
+                name: ask_records(
+                    Scorer(load_model(folder), self.mesh), open_family(folder), self.prompts, pictures, item
+                )
                 for name, folder in models.items()
             }
             (self.out / "strip").mkdir(exist_ok=True)

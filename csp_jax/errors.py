@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -32,6 +36,23 @@ class UserError(Exception):
         ).replace(" :", ":")
         text = f"{where} {problem}" if where else problem
         super().__init__(f"{text}. {mend}" if mend else text)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, whatever its class, says that no space is left; libraries wrap what the system said."""
+    return getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+
+
+@contextlib.contextmanager
+def full_disk_named(file: str | Path) -> Iterator[None]:
+    """A full disk under `file` becomes a UserError; other errors pass."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        if not disk_is_full(error):
+            raise
+        mend = "Free some space and give the same command again: it goes on from what is finished"
+        raise UserError("the disk is full", file=file, mend=mend) from error
 
 
 class Interrupted(Exception):

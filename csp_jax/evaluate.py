@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
-from csp_jax.calibration.protocols import QuestionTree, Reading, question_tree, read_question
+from csp_jax.calibration.protocols import QuestionTree, Reading, Shots, question_tree, read_question
 from csp_jax.data.batch import Batch, Packer, Picture, Sample, Shape, Tree
 from csp_jax.data.recipe import Asker, noise_identity
 from csp_jax.data.shards import ShardSource, evaluation_records
@@ -80,25 +81,27 @@ class Answers:
             )
 
 
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
+def _score(
+    graphdef: nnx.GraphDef[VisionLanguageModel], state: nnx.State, batch: Batch, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    model = nnx.merge(graphdef, state)
+    pixels = None if batch.canvas is None else model.normalize(to_canvas(batch.canvas))
+    scores = score(model, batch, pixels, dtype=dtype)
+    return scores.log_probs, scores.top_token
+
+
 class Scorer:
-    """A compiled scoring pass of one model over batches of one shape."""
+    """A scoring pass of one model; models of one structure and batches of one shape share a compilation."""
 
     def __init__(self, model: VisionLanguageModel, mesh: Mesh, dtype: jnp.dtype = jnp.float32):
-        self.mesh = mesh
-        graphdef, state = nnx.split(model)
+        self.mesh, self.dtype = mesh, jnp.dtype(dtype)
+        self._graphdef, state = nnx.split(model)
         self._state = jax.device_put(state, NamedSharding(mesh, P()))
-
-        def run(state: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            model = nnx.merge(graphdef, state)
-            pixels = None if batch.canvas is None else model.normalize(to_canvas(batch.canvas))
-            scores = score(model, batch, pixels, dtype=dtype)
-            return scores.log_probs, scores.top_token
-
-        self._run = jax.jit(run)
 
     def __call__(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities of all targets and the model's own tokens there, on the device."""
-        return self._run(self._state, put_batch(batch, self.mesh, leading=0))
+        return _score(self._graphdef, self._state, put_batch(batch, self.mesh, leading=0), dtype=self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +121,33 @@ def shared_prompt(asker: Asker) -> tuple[int, ...]:
     return tokens[: last + 1]
 
 
-def scene_trees(family: HostFamily, prompts: Prompts, record: Record, items: tuple[Item, ...]) -> SceneTrees:
+def example_shots(source: ShardSource, count: int) -> Shots:
+    """Examples to put before a confidence query: `count` questions of a split (one that is not evaluated), with a
+    right response that is called 100% sure and a wrong one that is called 0% sure in turn.
+    """
+    shots: list[tuple[str, str, int]] = []
+    for record in (source[index] for index in range(len(source))):
+        usable = [item for item in record.items if len(item.candidates) > 1]
+        for item in usable[: min(1, count - len(shots))]:
+            right = len(shots) % 2 == 0
+            wrong = next(candidate for candidate in item.candidates if candidate != item.truth)
+            shots.append((item.question, item.truth if right else wrong, 100 if right else 0))
+        if len(shots) == count:
+            return tuple(shots)
+    raise UserError(
+        "the split has too few questions", file=source.directory, field="shots", value=count, mend="Ask for fewer"
+    )
+
+
+def scene_trees(
+    family: HostFamily, prompts: Prompts, record: Record, items: tuple[Item, ...], shots: Shots = ()
+) -> SceneTrees:
     """A record as one sample: its picture in the prompt, one group for each question."""
     canvas = family.canvas(open_image(record.images[0], record.image_id))
     picture = Picture(canvas, np.zeros(canvas.shape[:2], bool), 100.0, noise_identity(record.id))
     asker = Asker(family, prompts, (family.image_tokens(canvas),))
     prompt = shared_prompt(asker)
-    questions = tuple(question_tree(asker, item, len(prompt)) for item in items)
+    questions = tuple(question_tree(asker, item, len(prompt), shots) for item in items)
     return SceneTrees(record, items, questions, Sample(prompt, (picture,), tuple(q.tree for q in questions)))
 
 
@@ -158,6 +181,7 @@ def evaluate(
     *,
     limit: int = 0,
     rows: int = 4,
+    shots: Shots = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
     """Ask a model every question of a split (its first `limit` records), each exactly once over all hosts."""
@@ -172,7 +196,7 @@ def evaluate(
     ]
     records = records[: limit or None]
     scenes = [
-        scene_trees(family, prompts, record, tuple(item for item in record.items if len(item.candidates) > 1))
+        scene_trees(family, prompts, record, tuple(item for item in record.items if len(item.candidates) > 1), shots)
         for record in records
         if record is not None
     ]
@@ -191,16 +215,18 @@ def evaluate(
     return collect(found)
 
 
-def ask_record(
-    model: VisionLanguageModel, family: HostFamily, prompts: Prompts, record: Record, item: Item, mesh: Mesh
-) -> Reading:
-    """What a model says to one question about one record's picture."""
-    scene = scene_trees(family, prompts, record, (item,))
-    packer = Packer(shape_of([scene.sample], 1))
-    packer.add(scene.sample)
-    log_probs, top = (np.asarray(x)[0] for x in Scorer(model, mesh)(packer.batch))
-    edges = len(scene.questions[0].tree.targets)
-    return read_question(scene.questions[0], log_probs[:edges], top[:edges])
+def ask_records(
+    scorer: Scorer, family: HostFamily, prompts: Prompts, records: Sequence[Record], item: Item
+) -> list[Reading]:
+    """What a model says to one question about each of several pictures, in one batch."""
+    scenes = [scene_trees(family, prompts, record, (item,)) for record in records]
+    ((_, result),) = _sweep(scorer, shape_of([scene.sample for scene in scenes], len(scenes)), scenes)
+    log_probs, top = (np.asarray(x) for x in jax.device_get(result))
+    edges = [len(scene.questions[0].tree.targets) for scene in scenes]
+    return [
+        read_question(scene.questions[0], log_probs[row, :end], top[row, :end])
+        for row, (scene, end) in enumerate(zip(scenes, edges, strict=True))
+    ]
 
 
 def _sweep(

@@ -8,10 +8,8 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -20,7 +18,7 @@ from typing import Any, Self, TextIO
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from csp_jax.errors import UserError
+from csp_jax.errors import UserError, disk_is_full
 from csp_jax.manifest import (
     DATASET_INFO,
     FEATURES,
@@ -240,7 +238,7 @@ class SplitWriter(abc.ABC):
         try:
             yield
         except (OSError, RuntimeError) as error:  # ArrayRecord says as RuntimeError what the system said
-            full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+            full = disk_is_full(error)
             if hasattr(self, "_lock"):
                 self.abort()
             kept = "; with resume the completed shards are kept" if self.resume else ""

@@ -19,7 +19,7 @@ from jaxtyping import Bool, UInt8
 from csp_jax.errors import UserError
 
 UNUSED, PLAIN, CHOSEN, REJECTED = 0, 1, 2, 3  # roles of responses; a rejected one follows its chosen one
-SLOT_NAMES = 4  # words that may name a picture slot
+SLOT_NAMES = 6  # words that may name a picture slot
 
 
 @dataclasses.dataclass(frozen=True)

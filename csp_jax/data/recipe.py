@@ -23,7 +23,17 @@ from jaxtyping import Bool
 from PIL import Image
 
 from csp_jax.config import RecipeConfig
-from csp_jax.data.batch import CHOSEN, PLAIN, REJECTED, SLOT_NAMES, Branch, Picture, Sample, merge_branches, split_prefix
+from csp_jax.data.batch import (
+    CHOSEN,
+    PLAIN,
+    REJECTED,
+    SLOT_NAMES,
+    Branch,
+    Picture,
+    Sample,
+    merge_branches,
+    split_prefix,
+)
 from csp_jax.errors import UserError
 from csp_jax.families.interface import HostFamily, open_image
 from csp_jax.families.registry import open_family
@@ -84,6 +94,15 @@ def group_bundles(bundles: list[Bundle], groups: int, length: int, targets: int)
         else:
             left += 1
     return [tuple(group) for group in filled if group], left
+
+
+def square_around(box: tuple[int, int, int, int], width: int, height: int) -> tuple[int, int, int, int]:
+    """The square of a box's longer side about its middle, moved (and cut, if it must be) into the picture."""
+    x0, y0, x1, y1 = box
+    side = max(x1 - x0, y1 - y0)
+    left = max(0, min((x0 + x1 - side) // 2, width - side))
+    top = max(0, min((y0 + y1 - side) // 2, height - side))
+    return left, top, min(left + side, width), min(top + side, height)
 
 
 class Recipe:
@@ -173,15 +192,17 @@ class Recipe:
     def region_mask(
         self, record: Record, image: Image.Image, indices: Iterable[int]
     ) -> Bool[np.ndarray, "height width"]:
-        """The union of regions, as masks or as their boxes."""
+        """The union of regions, as masks, as their boxes, or as squares around them."""
         total = np.zeros((image.height, image.width), bool)
         for index in indices:
             region = record.regions[index]
-            if self.config.region == "box":
-                x0, y0, x1, y1 = (round(edge) for edge in region.box)
-                total[y0:y1, x0:x1] = True
-            else:
+            if self.config.region == "mask":
                 total |= decode_mask(region.mask, image.height, image.width)
+                continue
+            x0, y0, x1, y1 = (round(edge) for edge in region.box)
+            if self.config.region == "square":
+                x0, y0, x1, y1 = square_around((x0, y0, x1, y1), image.width, image.height)
+            total[y0:y1, x0:x1] = True
         return total
 
 
@@ -224,7 +245,9 @@ class AnswerRecipe(Recipe):
             return (answer,)
         cut = asker.answer(UNDECIDING.sub("", item.question), item.response)
         place = split_prefix((answer.tokens, cut.tokens), 0)
-        said = tuple(token for token, weight in zip(answer.tokens, answer.weights) if weight)[:-1]  # without the end
+        said = [token for token, weight in zip(answer.tokens, answer.weights) if weight][:-1]  # without the end
+        if not self.family.tokenizer.decode(said[:1]).strip():
+            said = said[1:]  # a blank before digits says nothing
         return (answer, Branch((*answer.tokens[:place], *said), (0.0,) * place + (1.0,) * len(said)))
 
     def slot_names(self, record: Record, image: Image.Image, sample: Sample) -> tuple[tuple[int, tuple[int, ...]], ...]:
@@ -249,7 +272,9 @@ class AnswerRecipe(Recipe):
                     words[index + 1].append(item.response)
         encode = self.family.tokenizer.encode
         tokens = [tuple(encode(f" {word}", add_special_tokens=False).ids[0] for word in those) for those in words]
-        return tuple((slot, tokens[which][:SLOT_NAMES]) for slot, which in zip(slots, cover.argmax(axis=0), strict=True))
+        return tuple(
+            (slot, tokens[which][:SLOT_NAMES]) for slot, which in zip(slots, cover.argmax(axis=0), strict=True)
+        )
 
 
 class PaperRecipe(Recipe):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from grain.checkpoint import CheckpointHandler, CheckpointRestore, CheckpointSave
 
-from csp_jax.errors import UserError
+from csp_jax.errors import UserError, full_disk_named
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.registry import save_model
 
@@ -34,10 +34,9 @@ class Checkpoints:
         """Start writing a checkpoint; the run goes on meanwhile."""
         if self.manager.latest_step() == step:
             return
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(named_leaves(state)), data=CheckpointSave(iterator)),
-        )
+        saved = ocp.args.StandardSave(named_leaves(state))
+        with full_disk_named(self.directory):
+            self.manager.save(step, args=ocp.args.Composite(state=saved, data=CheckpointSave(iterator)))
 
     def restore(self, state: Any, iterator: Any) -> tuple[Any, int]:
         """The newest checkpoint as `state` is shaped and sharded (or `state` itself), and its step."""
@@ -68,8 +67,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until everything is on disk."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        with full_disk_named(self.directory):
+            self.manager.wait_until_finished()
+            self.manager.close()
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
@@ -84,9 +84,10 @@ def export_model(directory: Path, model: VisionLanguageModel, source: Path, dtyp
     temporary = directory.with_name(directory.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and ".safetensors" not in file.name:
-            shutil.copy2(file, temporary / file.name)
-    save_model(temporary, model, dtype)
+    with full_disk_named(temporary):
+        for file in sorted(source.iterdir()):
+            if file.is_file() and ".safetensors" not in file.name:
+                shutil.copy2(file, temporary / file.name)
+        save_model(temporary, model, dtype)
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)

@@ -11,13 +11,15 @@ from csp_jax.world.facts import Facts, Thing, offset
 from csp_jax.world.questions import NUMBER_WORDS, Question
 
 SIDES = (("to the left of", 0, -1), ("to the right of", 0, 1), ("above", 1, -1), ("below", 1, 1))
+HALVES = (("left", "right"), ("above", "below"))
 
 
 def dense_questions(rng: np.random.Generator, facts: Facts, config: WorldConfig) -> list[Question]:
-    """The list, every count, up to three places, sizes and contacts, and a neighbour, as far as the scene settles them."""
+    """The list, counts, places, halves, sizes, contacts and a neighbour, as far as the scene settles them."""
     questions = [_list(facts), *(_count(facts.of_place(place)) for place in range(len(facts.plan.counts)))]
     singles = [facts.singles[i] for i in rng.permutation(len(facts.singles))]
     questions += [_where(facts, thing) for thing in singles[:3]]
+    questions += [question for thing in singles for question in _halves(facts, thing, config)]
     questions += [_size(thing) for thing in singles if thing.size]
     questions += _contacts(facts)
     neighbour = _neighbour(rng, facts, singles, config)
@@ -43,6 +45,17 @@ def _count(things: Sequence[Thing]) -> Question:
 def _where(facts: Facts, thing: Thing) -> Question:
     x, y = (int(100 * value / facts.canvas) for value in thing.centre)
     return _ask(f"Where is the {thing.name}?", f"{x} {y}", thing.name, [thing], "where")
+
+
+def _halves(facts: Facts, thing: Thing, config: WorldConfig) -> list[Question]:
+    """On which side of the picture's middle, across and down; where that is a clear case."""
+    questions = []
+    for axis, (lesser, greater) in enumerate(HALVES):
+        beyond = thing.centre[axis] - facts.canvas / 2
+        if 2 * abs(beyond) >= config.clear_offset:
+            text = f"{lesser.capitalize()} or {greater}: where is the {thing.name}?"
+            questions.append(_ask(text, lesser if beyond < 0 else greater, thing.name, [thing], "half"))
+    return questions
 
 
 def _neighbour(

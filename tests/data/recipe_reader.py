@@ -47,7 +47,7 @@ class Reader:
         self.folder = write_folder(folder, values, build_tokenizer(config, scenes=100))
 
     def recipe(self, name: str, objective: Objective = "sft", **settings: Any) -> Recipe:
-        config = RecipeConfig(name=name, **{"items": 40, "shape": ROOM, **settings})
+        config = RecipeConfig(name=name, **{"items": 60, "shape": ROOM, **settings})
         return RECIPES[name](config, str(self.folder), Prompts(), objective)
 
     def record(self, index: int) -> Record:

@@ -59,7 +59,8 @@ def samples(draw: st.DrawFn) -> Sample:
         )
         for _ in range(count)
     )
-    names = draw(st.lists(st.tuples(st.integers(0, len(prompt) - 1), st.integers(0, 9)), max_size=3))
+    words = st.lists(st.integers(0, 9), min_size=1, max_size=4).map(tuple)
+    names = draw(st.lists(st.tuples(st.integers(0, len(prompt) - 1), words), max_size=3))
     return Sample(prompt, pictures, tuple(draw(st.lists(groups, max_size=3))), tuple(dict(names).items()))
 
 

@@ -285,6 +285,22 @@ def test_answers_are_the_true_ones(reader):
         assert {(a.question, a.response) for a in asked} == {(q, item.response) for q, item in items.items()}
 
 
+def test_early_answers_come_right_behind_the_deciding_word(reader):
+    recipe = reader.recipe("answers", early_answers=True)
+    decode, rests = recipe.family.tokenizer.decode, collections.Counter()
+    for index in range(10):
+        drawn, items = reader.draw(recipe, index), items_of(reader.record(index))
+        branches = [branch for group in drawn.sample.groups for branch in group]
+        early = [branch for branch in branches if branch.tokens[-1] != branches[0].tokens[-1]]  # no end of answer
+        assert len(early) == sum(bool(item.keyword) for item in items.values())
+        for branch in early:
+            fed = decode([t for t, weight in zip(branch.tokens, branch.weights) if not weight]).strip()
+            said = decode([t for t, weight in zip(branch.tokens, branch.weights) if weight]).strip()
+            whole = [q for q, item in items.items() if q.startswith(fed) and item.response == said]
+            rests[min((q.removeprefix(fed) for q in whole), key=len)] += 1
+    assert set(rests) == {"?", " in the image?", " in this image?", " are there?"}
+
+
 def test_answers_of_some_categories(reader):
     recipe = reader.recipe("answers", categories=["existence", "where"])
     for index in range(5):
@@ -314,9 +330,10 @@ def test_taught_confidence_has_its_levels_whatever_the_response(reader):
 
 
 def test_slots_are_named_after_what_covers_them(reader):
-    recipe = reader.recipe("answers", name_slots=True)
+    recipe = reader.recipe("answers", name_slots=True, slot_facts=("count", "size_word"))
     tokenizer = recipe.family.tokenizer
-    named = collections.Counter()
+    named: collections.Counter[str] = collections.Counter()
+    facts: collections.Counter[str] = collections.Counter()
     for index in range(20):
         record, drawn = reader.record(index), reader.draw(recipe, index)
         masks, keywords = object_masks(record), [region.keyword for region in record.regions]
@@ -327,11 +344,17 @@ def test_slots_are_named_after_what_covers_them(reader):
             row, column = 10 * (number // 8), 10 * (number % 8)
             cover = [mask[row : row + 10, column : column + 10].mean() for mask in masks]
             best = int(np.argmax(cover))
-            word = keywords[best] if cover[best] > 0.25 else "scene"
-            ids = tokenizer.encode(f" {word}", add_special_tokens=False).ids
-            assert names[slot] == ids[0], (word, tokenizer.id_to_token(names[slot]))
-            named[word] += 1
+            words = ["scene"]
+            if cover[best] > 0.25:
+                count = ("one", "two", "three", "four")[keywords.count(keywords[best]) - 1]
+                sizes = [i.response for i in record.items if i.category == "size_word" and i.regions == (best,)]
+                words = [keywords[best], count, *sizes]
+                facts.update(words[1:])
+            ids = [tokenizer.encode(f" {word}", add_special_tokens=False).ids[0] for word in words]
+            assert sorted(names[slot]) == sorted(ids), words
+            named[words[0]] += 1
     assert len(named) > 10
+    assert {"one", "two", "small", "large"} <= set(facts)
 
 
 def test_original_pairs_the_answers_themselves(reader):

@@ -21,8 +21,8 @@ def batch() -> Batch:
     """Two samples in a row and one in the next; some of their slots are named."""
     shape = Shape(2, 12, 1, 1, 1, 2, 0, (SIDE, SIDE))
     samples = [
-        Sample((1, 3, 3, 3), (), (), ((1, 5), (3, 0))),
-        Sample((1, 3, 3, 4, 5, 6, 7), (), (), ((2, 19),)),
+        Sample((1, 3, 3, 3), (), (), ((1, (5,)), (3, (0, 7, 11)))),
+        Sample((1, 3, 3, 4, 5, 6, 7), (), (), ((2, (19, 5)),)),
         Sample((1, 3, 3, 3), (), (), ()),
     ]
     return pack(shape, samples)
@@ -39,13 +39,14 @@ def test_grounding_is_torch_cross_entropy_of_cosines(batch):
 
     (value, sums), slopes = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(prompt, words)
     theirs, their_words = torch.from_numpy(prompt).requires_grad_(), torch.from_numpy(words).requires_grad_()
-    rows, places, names = [0, 0, 0], [1, 3, 4 + 2], torch.tensor([5, 0, 19])
+    rows, places, names = [0, 0, 0], [1, 3, 4 + 2], [[5], [0, 7, 11], [19, 5]]
     slots = theirs[rows, places]
     cosine = torch.nn.functional.cosine_similarity(slots[:, None], their_words[None], dim=-1)
-    wanted = torch.nn.functional.cross_entropy(cosine * WIDTH**0.5, names, reduction="sum")
+    shares = torch.stack([torch.eye(WORDS)[chosen].mean(0) for chosen in names])
+    wanted = torch.nn.functional.cross_entropy(cosine * WIDTH**0.5, shares, reduction="sum")
     wanted.backward()
     assert float(value) == pytest.approx(wanted.item(), rel=1e-5)
-    assert float(sums["slot_accuracy"]) == float((cosine.argmax(-1) == names).sum())
+    assert float(sums["slot_accuracy"]) == sum(int(best) in chosen for best, chosen in zip(cosine.argmax(-1), names))
     np.testing.assert_allclose(slopes[0], theirs.grad, atol=1e-5)
     np.testing.assert_allclose(slopes[1], their_words.grad, atol=1e-5)
     assert {name: float(count) for name, count in grounding_counts(batch).items()} == {

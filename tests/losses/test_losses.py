@@ -46,7 +46,7 @@ def make_batch(token: np.ndarray, weight: np.ndarray, response: np.ndarray, role
     return Batch(
         prompt_tokens=nothing,
         prompt_segment=nothing,
-        slot_name=nothing,
+        slot_name=nothing[..., None],
         tokens=nothing,
         parent=nothing,
         target_token=np.asarray(token, np.int32),

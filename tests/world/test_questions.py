@@ -28,9 +28,10 @@ FORMS = {
     "count": r"How many (?P<a>.+) are there\?",
     "neighbour": r"What is (?P<side>to the left of|to the right of|above|below) the (?P<a>.+)\?",
     "size_word": r"What size is the (?P<a>.+)\?",
+    "half": r"(?P<side>Left or right|Above or below): where is the (?P<a>.+)\?",
     "touch": r"What touches the (?P<a>.+)\?",
 }
-DENSE = {"where", "list", "count", "neighbour", "size_word", "touch"}
+DENSE = {"where", "list", "count", "neighbour", "size_word", "touch", "half"}
 
 
 class Seen:
@@ -105,6 +106,12 @@ def true_answer(item: Item, seen: Seen) -> str:
             return next(word for word, value in WORDS.items() if value == number and " " not in word)
         case "size_word":
             return "large" if seen.side(part["a"]) >= 26 else "small"
+        case "half":
+            across = part["side"] == "Left or right"
+            rows, columns = ndimage.find_objects(seen.only(part["a"]).astype(int))[0]
+            beyond = (columns.start + columns.stop - 80) if across else (rows.start + rows.stop - 80)
+            assert abs(beyond) >= 10
+            return ("left", "right", "above", "below")[2 * (not across) + (beyond > 0)]
         case "touch":
             others = [name for name in seen.masks if name != part["a"] and len(seen.masks[name]) == 1]
             touching = [name for name in others if seen.distance(part["a"], name) <= 2]

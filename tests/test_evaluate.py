@@ -1,0 +1,172 @@
+"""The evaluation pass against transformers on the same checkpoint: whole sequences, one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model, tiny_values, write_folder
+from transformers import LlavaForConditionalGeneration
+
+from csp_jax.calibration.protocols import Shots
+from csp_jax.config import ParallelConfig
+from csp_jax.data.shards import ShardSource
+from csp_jax.evaluate import Answers, Scorer, ask_records, evaluate, example_shots
+from csp_jax.families.interface import HostFamily, open_image
+from csp_jax.families.registry import open_family
+from csp_jax.models.registry import load_model, save_model
+from csp_jax.records import Item, Record
+from csp_jax.sharding import make_mesh
+from csp_jax.text import Prompts, parse_confidence
+from csp_jax.world import WorldConfig, build
+from csp_jax.world.tokenizer import build_tokenizer
+
+WORLD = WorldConfig(statistics_scenes=100)
+SCENES, CLIP_MEAN, CLIP_STD = 5, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+pytestmark = pytest.mark.usefixtures("exact")
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with weights, and a world of a few scenes."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tokenizer = build_tokenizer(WORLD, scenes=20, vocab_size=400)
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "num_hidden_layers": 2}
+    checkpoint = write_folder(folder / "checkpoint", tiny_values(**sizes), tokenizer)
+    save_model(checkpoint, tiny_model(3, **sizes))
+    build(WORLD, folder / "world", {"train": 4, "test": SCENES})
+    return folder
+
+
+@functools.cache
+def asked(ground: Path, devices: int, rows: int, shots: Shots = ()) -> Answers:
+    mesh = make_mesh(ParallelConfig(data=devices), jax.devices()[:devices])
+    folder = ground / "checkpoint"
+    source = ShardSource(ground / "world", "test")
+    return evaluate(load_model(folder), open_family(folder), Prompts(), source, mesh, rows=rows, shots=shots)
+
+
+class Original:
+    """The checkpoint in transformers; texts are scored and continued one by one, without a cache or a batch."""
+
+    def __init__(self, folder: Path):
+        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.family: HostFamily = open_family(folder)
+
+    def inputs(self, record: Record, tokens: tuple[int, ...]) -> dict[str, Any]:
+        canvas = self.family.canvas(open_image(record.images[0])).astype(np.float32) / 255
+        pixels = (canvas - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+        return {
+            "input_ids": torch.tensor([tokens]),
+            "attention_mask": torch.ones(1, len(tokens), dtype=torch.long),
+            "pixel_values": torch.from_numpy(pixels.transpose(2, 0, 1))[None],
+        }
+
+    @torch.no_grad()
+    def log_prob(self, record: Record, question: str, answer: str, *, end: bool) -> float:
+        encoded = self.family.encode(question, answer, (4,))
+        logits = self.model(**self.inputs(record, encoded.tokens)).logits[0].log_softmax(-1)
+        scored = [i for i, mark in enumerate(encoded.answer) if mark][: None if end else -1]
+        return float(sum(logits[i - 1, encoded.tokens[i]] for i in scored))
+
+    @torch.no_grad()
+    def says(self, record: Record, question: str, most: int) -> str:
+        tokens = list(self.family.encode(question, None, (4,)).tokens)
+        start = len(tokens)
+        for _ in range(most):
+            tokens.append(int(self.model(**self.inputs(record, tuple(tokens))).logits[0, -1].argmax()))
+        return self.family.tokenizer.decode(tokens[start:])
+
+
+@pytest.fixture(scope="module")
+def original(ground: Path) -> Original:
+    return Original(ground / "checkpoint")
+
+
+def records_of(ground: Path, split: str = "test") -> list[Record]:
+    source = ShardSource(ground / "world", split)
+    return [source[index] for index in range(len(source))]
+
+
+def asked_items(records: list[Record]) -> list[tuple[Record, Item]]:
+    return [(record, item) for record in records for item in record.items if len(item.candidates) > 1]
+
+
+def test_every_question_is_asked_once(ground):
+    wanted = [item.id for _, item in asked_items(records_of(ground))]
+    for rows in (1, 2, 4):
+        assert sorted(asked(ground, 1, rows).ids) == sorted(wanted)
+
+
+def test_confidences_are_those_of_separate_sequences_in_transformers(ground, original):
+    answers, prompts = asked(ground, 1, 2), Prompts()
+    place = {identifier: number for number, identifier in enumerate(answers.ids)}
+    for record, item in asked_items(records_of(ground))[:3]:
+        at = place[item.id]
+        for number, candidate in enumerate(item.candidates):
+            query = prompts.ask_confidence(item.question, candidate)
+            logs = [original.log_prob(record, query, f"{percent}%", end=False) for percent in range(101)]
+            shares = np.exp(logs)
+            wanted = float(shares @ np.arange(101) / 100 / shares.sum())
+            assert answers.expected[at, number] == pytest.approx(wanted, abs=2e-5)
+            direct = original.log_prob(record, prompts.ask(item.question), candidate, end=True)
+            assert answers.direct_log_probs[at, number] == pytest.approx(direct, abs=1e-3)
+
+
+def test_greedy_confidences_are_what_greedy_decoding_says(ground, original):
+    answers = asked(ground, 1, 2)
+    place = {identifier: number for number, identifier in enumerate(answers.ids)}
+    for record, item in asked_items(records_of(ground))[:4]:
+        query = Prompts().ask_confidence(item.question, item.candidates[0])
+        said = parse_confidence(original.says(record, query, 5))
+        found = answers.greedy[place[item.id], 0]
+        assert (said is None and np.isnan(found)) or found == said
+
+
+def test_devices_and_rows_change_nothing(ground):
+    one = asked(ground, 1, 1)
+    for devices, rows in ((1, 4), (4, 4)):
+        many = asked(ground, devices, rows)
+        order = [many.ids.index(identifier) for identifier in one.ids]
+        np.testing.assert_allclose(many.expected[order], one.expected, atol=1e-5)
+        np.testing.assert_array_equal(many.direct[order], one.direct)
+
+
+def test_a_single_question_reads_as_in_the_sweep(ground):
+    answers, folder = asked(ground, 1, 2), ground / "checkpoint"
+    mesh = make_mesh(ParallelConfig(data=1), jax.devices()[:1])
+    record, item = asked_items(records_of(ground))[1]
+    other = dataclasses.replace(record, images=records_of(ground)[-1].images)
+    scorer = Scorer(load_model(folder), mesh)
+    first, second = ask_records(scorer, open_family(folder), Prompts(), [record, other], item)
+    np.testing.assert_allclose(first.expected(), answers.expected[answers.ids.index(item.id)], atol=1e-5)
+    assert np.abs(first.expected() - second.expected()).max() > 1e-5  # it does look at the picture
+
+
+def test_shots_stand_before_the_query(ground, original):
+    shots = example_shots(ShardSource(ground / "world", "train"), 2)
+    first, second = (asked_items([record])[0][1] for record in records_of(ground, "train")[:2])
+    assert [shot[0] for shot in shots] == [first.question, second.question]
+    assert [(shot[1] == item.truth, shot[2]) for shot, item in zip(shots, (first, second))] == [(True, 100), (False, 0)]
+    record, item = asked_items(records_of(ground))[0]
+    answers = asked(ground, 1, 1, shots)
+    query = Prompts().ask_confidence(item.question, item.candidates[0], shots)
+    shares = np.exp([original.log_prob(record, query, f"{percent}%", end=False) for percent in range(101)])
+    wanted = float(shares @ np.arange(101) / 100 / shares.sum())
+    assert answers.expected[answers.ids.index(item.id), 0] == pytest.approx(wanted, abs=2e-5)
+
+
+def test_answers_survive_the_file(ground, tmp_path):
+    answers = asked(ground, 1, 1)
+    answers.save(tmp_path / "deep" / "answers.npz")
+    again = Answers.load(tmp_path / "deep" / "answers.npz")
+    for field in dataclasses.fields(Answers):
+        np.testing.assert_array_equal(getattr(again, field.name), getattr(answers, field.name))
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["answers.npz"]
