@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -26,6 +28,7 @@ app = typer.Typer(
 Configs = Annotated[
     list[str], typer.Argument(help="YAML files, and settings such as pack.group=true or keywords.model='{name: rule}'")
 ]
+LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -74,33 +77,58 @@ def _prepare(file: Path, config: Any, overwrite: bool, verify: bool, as_json: bo
     from data_prep.run import prepare
     from data_prep.sources.registry import open_source
 
-    shown = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[dropped]}"),
-        console=Console(stderr=True),
-        disable=not config.run.progress,
-        refresh_per_second=2,
-    )
     total = open_source(config).count()
-    total = min(total, config.limit) if total and config.limit else total or config.limit or None
-    with shown:
-        task = shown.add_task(config.dataset, total=total, rate="", dropped="")
-
-        def progress(rows: int, totals: Counter[str]) -> None:
-            speed = shown.tasks[task].speed
-            rate = f"{speed:.1f}/s" if speed else ""
-            shown.update(task, completed=rows, rate=rate, dropped=drops(totals))
-
-        done = prepare(config, overwrite=overwrite, progress=progress)
+    with Meter(config.dataset, min(total, config.limit or total), config.run.progress) as meter:
+        done = prepare(config, overwrite=overwrite, progress=meter)
     if verify:
         from data_prep.verify import verify as verify_all
 
         verify_all(done.directory)
     _print_done(file, done, verify, as_json)
+
+
+class Meter:
+    """How far a run is: a bar on a terminal, elsewhere a line every half minute."""
+
+    def __init__(self, name: str, total: int, shown: bool):
+        console = Console(stderr=True)
+        self.name, self.total, self.lines = name, total, shown and not console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[dropped]}"),
+            console=console,
+            disable=not shown or not console.is_terminal,
+            refresh_per_second=2,
+        )
+        self._task = self._bar.add_task(name, total=total, rate="", dropped="")
+        self._start: tuple[float, int] | None = None
+        self._said = 0.0
+
+    def __enter__(self) -> Meter:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, rows: int, totals: Counter[str]) -> None:
+        """Show the rows that are through; those of an earlier run count as done, not as fast."""
+        now = time.monotonic()
+        if self._start is None:
+            self._start, self._said = (now, rows), now
+            self._bar.reset(self._task, completed=rows)
+        began, before = self._start
+        speed = (rows - before) / (now - began) if now > began else 0.0
+        self._bar.update(self._task, completed=rows, rate=f"{speed:.1f}/s", dropped=drops(totals))
+        if self.lines and now - self._said > LINE_EVERY:
+            self._said = now
+            left = (self.total - rows) / speed / 3600 if speed else math.inf
+            line = f"{self.name}: {rows} of {self.total} rows, {speed:.1f}/s, {left:.1f} h left, {drops(totals)}"
+            print(line.rstrip(", "), file=sys.stderr, flush=True)
 
 
 def drops(totals: Counter[str]) -> str:
@@ -157,6 +185,40 @@ def verify(
     typer.echo(
         f"{shards}: {totals['records']} records, {totals['items']} items, {totals['rejected']} rejects: all holds"
     )
+
+
+@app.command()
+def bench(
+    configs: Annotated[
+        list[str] | None, typer.Argument(help="a YAML file whose stages are timed, and settings")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="rows of the source for the stages")] = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Measure: noise, packing, both modes, both noise spaces, and with a configuration each of its stages."""
+    import dataclasses
+
+    from data_prep.benchmark import measure
+    from data_prep.config import load_prep_config
+
+    config = None
+    if configs:
+        files, settings = split_arguments(configs)
+        config = load_prep_config(files[0], settings)
+    found = dataclasses.asdict(measure(config, limit))
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for title, rows in found.items():
+        if not rows:
+            continue
+        table = Table(title=title, title_justify="left")
+        lines = rows if isinstance(rows, list) else [{"what": n, "value": v} for n, v in rows.items()]
+        for name in lines[0]:
+            table.add_column(name, justify="left" if name == "what" else "right")
+        for line in lines:
+            table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in line.values()))
+        Console().print(table)
 
 
 def main() -> None:

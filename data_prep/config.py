@@ -201,6 +201,7 @@ class KeywordsConfig(Section):
     given: bool = True  # take the source's own keyword where it has one
     check: bool = True  # a keyword must occur in the question or the answer
     otherwise: Literal["rule", "reject"] = "rule"  # where the model finds none that holds
+    nothing: Literal["reject", "keep"] = "reject"  # a question without any; kept, it is one without an object
     cache: str = ".cache/keywords.sqlite"  # of models and servers; empty: none
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
 from csp_jax.errors import UserError
 from csp_jax.manifest import DATASET_INFO, FEATURES, MANIFEST, incomplete_directory, load_manifest, published_splits
 from csp_jax.records import Item, Record, Region, ShardWriter, encode_mask
@@ -82,7 +84,7 @@ def _region_line(unit: Unit, index: int) -> dict[str, Any]:
         "score": round(region.score, 4),
         "mask_score": round(region.mask_score, 4),
         "box_area": round((x1 - x0) * (y1 - y0) / (height * width), 6),
-        "mask_area": round(float(unit.mask(index).mean()), 6),
+        "mask_area": round(np.count_nonzero(unit.mask(index)) / (height * width), 6),
     }
 
 

@@ -135,6 +135,8 @@ def prepare(config: PrepConfig, *, overwrite: bool = False, progress: Progress |
         stream = units(source, group=config.pack.group, limit=config.limit)
         wanted = batches(stream, config.batch, packer.is_done)
         resumed = packer.resumed
+        if progress:
+            progress(packer.ledger.totals["rows"], packer.ledger.totals)
         for batch in run_stages(wanted, stages, queue_size=config.run.queue, clocks=clocks):
             pack_batch(packer, batch, clocks)
             if progress:

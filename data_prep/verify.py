@@ -126,6 +126,8 @@ def _check_ledger(manifest: Manifest, seen: Seen) -> Counter[str]:
             raise UserError(problem, file=path, mend=MEND)
         if manifest.splits[name].metadata.get("totals") != dict(totals):
             raise UserError(f"the totals of {name} are not those of the ledger", file=manifest.directory / MANIFEST)
+    if not (manifest.directory / REJECTS).exists():
+        raise UserError("is missing", file=manifest.directory / REJECTS, mend=MEND)
     rejects = sum(1 for line in (manifest.directory / REJECTS).open(encoding="utf-8") if json.loads(line))
     if rejects != totals["rejected"]:
         problem = f"{rejects} rejects, the ledger has {totals['rejected']}"

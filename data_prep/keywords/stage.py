@@ -41,5 +41,8 @@ class KeywordStage:
         if other:
             unit.counts["keyword_by_rule"] += 1
             unit.replace(item, keyword=other)
+        elif self.config.nothing == "keep":
+            unit.counts["kept_without_keyword"] += 1
+            unit.replace(item, keyword="")
         else:
             unit.reject(item, self.name, problem, text.strip()[:80])

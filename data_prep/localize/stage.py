@@ -63,6 +63,8 @@ class LocalizeStage:
             unit.counts["boxes_dropped"] += len(item.regions) - len(kept)
             unit.replace(item, regions=tuple(kept))
             return True
+        if not item.keyword:
+            return True  # kept without one on request
         if item.category == "existence" and item.truth == "no" and self.config.absent != "search":
             if self.config.absent == "reject":
                 unit.reject(item, self.name, "absent_object", item.keyword)

@@ -63,13 +63,14 @@ class SegmentStage:
         return "" if unit.mask(index).any() else "mask_too_small"
 
     def _limits(self, region: Region, mask: Bool[np.ndarray, "height width"]) -> str:
-        area = float(mask.mean())
+        covered = np.count_nonzero(mask)
+        area = covered / mask.size
         x0, y0, x1, y1 = region.box
-        if not mask.any() or area < self.config.least_area:
+        if not covered or area < self.config.least_area:
             return "mask_too_small"
         if area > self.config.most_area:
             return "mask_too_large"
-        if mask.sum() < self.config.least_filled * (x1 - x0) * (y1 - y0):
+        if covered < self.config.least_filled * (x1 - x0) * (y1 - y0):
             return "mask_too_thin"
         return "mask_too_unsure" if region.mask_score < self.config.least_score else ""
 

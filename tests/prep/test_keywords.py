@@ -155,6 +155,17 @@ def test_keywords_that_do_not_hold_fall_back_on_the_rule(tmp_path):
     assert mug.items[0].keyword == "image"
 
 
+def test_questions_without_a_keyword_can_be_kept(tmp_path):
+    root = tmp_path / "folder"
+    root.mkdir()
+    (root / "a.jpg").write_bytes(prep_samples.jpeg_bytes(1))
+    prep_samples.write_lines(root / "questions.jsonl", [{"image": "a.jpg", "question": "Why?", "answer": "?"}])
+    done = prepared("folder", tmp_path, keywords={"nothing": "keep"}, localize={"nothing": "whole"})
+    (record,) = records(done.directory)
+    assert (record.items[0].keyword, record.regions) == ("", ())
+    assert done.totals["counted.kept_without_keyword"] == 1
+
+
 def test_the_prompt_is_ours_and_can_be_replaced():
     prompts = Prompts(keyword="Q {question} A {response}")
     turns = prompts.ask_keyword("Where is the cat? ", "On the roof.")

@@ -37,6 +37,7 @@ def test_the_same_files_give_the_same_units(source, tmp_path):
 def test_every_row_is_packed_rejected_or_merged(source, group, tmp_path):
     done = prepared(source, tmp_path, pack={"group": group})
     totals = done.totals
+    assert open_source(config_of(source, tmp_path / source, tmp_path / "out")).count() == totals["rows"]
     assert totals["rows"] == totals["questions"] + totals["rejected"] + totals["merged"]
     stored = records(done.directory)
     assert len(stored) == totals["records"]
