@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from csp_jax.records import Item
+from csp_jax.records import Item, encode_mask
 from data_prep.config import PerturbConfig, PrepConfig
 from data_prep.engine import Clocks, run_in_turn, run_stages
 from data_prep.masks import Pixels
@@ -103,23 +103,24 @@ def _unit(number: int, encoded: bytes, mask: Pixels) -> Unit:
 
 def modes(pictures: int = 4) -> dict[str, Any]:
     """Bytes and seconds of the materialized mode (eleven labels, iterated) against the on-device mode, a question."""
-    stage = PerturbStage(PerturbConfig(mode="materialized"), 0)
-    plain = noised = seconds = 0.0
+    plain = 0.0
+    noised, seconds = dict.fromkeys(("png", "jpeg"), 0), dict.fromkeys(("png", "jpeg"), 0.0)
     for seed in range(pictures):
-        pixels = photograph(seed)
-        unit = _unit(seed, jpeg(pixels, 90), Pixels(disc()))
-        unit.picture = pixels
-        start = time.perf_counter()
-        stage([unit])
-        seconds += time.perf_counter() - start
-        mask_bytes = 4 * len(np.flatnonzero(np.diff(disc().ravel())))
-        plain += len(unit.encoded) + mask_bytes
-        noised += len(unit.encoded) + mask_bytes + sum(len(item.perturbed_image) for item in unit.made)
+        pixels, mask = photograph(seed), disc()
+        for encoding in noised:
+            unit = _unit(seed, jpeg(pixels, 90), Pixels(mask))
+            unit.picture = pixels
+            settings = PerturbConfig.model_validate({"mode": "materialized", "encoding": encoding})
+            start = time.perf_counter()
+            PerturbStage(settings, 0)([unit])
+            seconds[encoding] += time.perf_counter() - start
+            noised[encoding] += sum(len(item.perturbed_image) for item in unit.made)
+        plain += len(unit.encoded) + encode_mask(mask).nbytes
     return {
         "on-device, kB a question": plain / pictures / 1e3,
-        "materialized, kB a question": noised / pictures / 1e3,
-        "times the bytes": noised / plain,
-        "materialized, seconds more a question": seconds / pictures,
+        **{f"materialized as {name}, kB more": noised[name] / pictures / 1e3 for name in noised},
+        **{f"materialized as {name}, times the bytes": (plain + noised[name]) / plain for name in noised},
+        **{f"materialized as {name}, seconds more": seconds[name] / pictures for name in noised},
     }
 
 

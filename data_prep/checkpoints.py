@@ -8,7 +8,7 @@ import torch
 
 from csp_jax.errors import UserError
 from csp_jax.manifest import sha256_of
-from data_prep.config import hash_of
+from data_prep.hashes import hash_of
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.jinja")
 

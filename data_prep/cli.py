@@ -188,6 +188,19 @@ def verify(
 
 
 @app.command()
+def compare(
+    truth: Annotated[Path, typer.Argument(help="a data set with true masks")],
+    found: Annotated[Path, typer.Argument(help="one that was made from it with other masks")],
+    split: Annotated[str, typer.Option()] = "train",
+    as_json: AsJson = False,
+) -> None:
+    """How well the masks of one data set overlap those of another, by the size of the object."""
+    from data_prep.compare import table
+
+    _print_rows("IoU", table(truth, found, split), as_json)
+
+
+@app.command()
 def bench(
     configs: Annotated[
         list[str] | None, typer.Argument(help="a YAML file whose stages are timed, and settings")
@@ -210,15 +223,20 @@ def bench(
         print(json.dumps(found, indent=1))
         return
     for title, rows in found.items():
-        if not rows:
-            continue
-        table = Table(title=title, title_justify="left")
-        lines = rows if isinstance(rows, list) else [{"what": n, "value": v} for n, v in rows.items()]
-        for name in lines[0]:
-            table.add_column(name, justify="left" if name == "what" else "right")
-        for line in lines:
-            table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in line.values()))
-        Console().print(table)
+        if rows:
+            _print_rows(title, rows if isinstance(rows, list) else [{"what": n, "value": v} for n, v in rows.items()])
+
+
+def _print_rows(title: str, rows: list[dict[str, Any]], as_json: bool = False) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(title=title, title_justify="left")
+    for name, value in rows[0].items():
+        table.add_column(name, justify="left" if isinstance(value, str) or name == "what" else "right")
+    for row in rows:
+        table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
 
 
 def main() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -368,11 +366,6 @@ class PrepConfig(Section):
         for name in ("url", "key_variable", "concurrency", "retries", "backoff", "timeout", "device"):
             model.pop(name, None)
         return values
-
-
-def hash_of(values: object) -> str:
-    """A SHA-256 of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def load_prep_config(file: Path, overrides: list[str] | None = None) -> PrepConfig:

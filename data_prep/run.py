@@ -13,8 +13,9 @@ from typing import Any
 from csp_jax.config import read_yaml
 from csp_jax.records import SCHEMA_VERSION
 from csp_jax.text import Prompts
-from data_prep.config import LocalizeConfig, PrepConfig, SegmentConfig, hash_of
+from data_prep.config import LocalizeConfig, PrepConfig, SegmentConfig
 from data_prep.engine import Clocks, run_stages
+from data_prep.hashes import hash_of
 from data_prep.keywords.registry import open_finder
 from data_prep.keywords.stage import KeywordStage
 from data_prep.localize.interface import Detector

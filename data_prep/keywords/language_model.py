@@ -13,7 +13,8 @@ import torch
 from csp_jax.errors import UserError
 from csp_jax.text import Prompts
 from data_prep.checkpoints import choose_device, choose_dtype, hash_folder, local_folder
-from data_prep.config import ModelKeywords, hash_of
+from data_prep.config import ModelKeywords
+from data_prep.hashes import hash_of
 
 
 def gguf_file(config: ModelKeywords) -> tuple[Path, str]:

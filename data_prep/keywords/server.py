@@ -10,7 +10,8 @@ import httpx
 
 from csp_jax.errors import UserError
 from csp_jax.text import Prompts
-from data_prep.config import ServerKeywords, hash_of
+from data_prep.config import ServerKeywords
+from data_prep.hashes import hash_of
 
 PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 LONGEST_WAIT = 60.0

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from csp_jax.errors import UserError
-from data_prep.config import SpacyKeywords, hash_of
+from data_prep.config import SpacyKeywords
+from data_prep.hashes import hash_of
 from data_prep.keywords.rule import DETERMINERS, LEADING, NUMBERS, STOPS
 
 

@@ -148,7 +148,7 @@ def test_bench_measures():
 
     assert packing_speed(records=20)["MB/s"] > 0
     compared = modes(pictures=1)
-    assert compared["times the bytes"] > 11
+    assert compared["materialized as png, times the bytes"] > compared["materialized as jpeg, times the bytes"] > 11
     left = [row["noise left"] for row in spaces()]
     assert left == sorted(left, reverse=True)
     assert left[0] == pytest.approx(1, abs=0.02)
