@@ -188,6 +188,21 @@ def verify(
 
 
 @app.command()
+def inspect(
+    shards: Annotated[Path, typer.Argument(help="a data set's folder")],
+    split: Annotated[str, typer.Option()] = "train",
+    out: Annotated[Path | None, typer.Option(help="the page; unset: inspect-SPLIT.html in the folder")] = None,
+    pictures: Annotated[int, typer.Option(min=0, help="pictures on the contact sheet")] = 24,
+) -> None:
+    """Make a page: contact sheet with boxes, outlines and noise, mask areas, keywords, drop reasons."""
+    from data_prep.inspect import page
+
+    file = out or shards / f"inspect-{split}.html"
+    file.write_text(page(shards, split, pictures), encoding="utf-8")
+    typer.echo(f"page: {file}")
+
+
+@app.command()
 def compare(
     truth: Annotated[Path, typer.Argument(help="a data set with true masks")],
     found: Annotated[Path, typer.Argument(help="one that was made from it with other masks")],
