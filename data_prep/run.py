@@ -14,7 +14,7 @@ from csp_jax.config import read_yaml
 from csp_jax.records import SCHEMA_VERSION
 from csp_jax.text import Prompts
 from data_prep.config import LocalizeConfig, PrepConfig, SegmentConfig
-from data_prep.engine import Clocks, run_stages
+from data_prep.engine import Clocks, Engine, LocalEngine
 from data_prep.hashes import hash_of
 from data_prep.keywords.registry import open_finder
 from data_prep.keywords.stage import KeywordStage
@@ -119,10 +119,29 @@ def prepare(config: PrepConfig, *, overwrite: bool = False, progress: Progress |
 
     Bad rows end in `rejects.jsonl`; UserError only for what ends the whole run (it can be resumed).
     """
-    directory = Path(config.out)
     source = open_source(config)
+    engine = open_engine(config)
+    try:
+        return _prepare(config, source, engine, overwrite, progress)
+    finally:
+        engine.close()
+
+
+def open_engine(config: PrepConfig) -> Engine:
+    """This process, or ray's workers."""
+    if config.run.engine == "ray":
+        from data_prep.ray_engine import RayEngine
+
+        return RayEngine(config)
     stages, weights = open_stages(config)
-    identity = identity_of(config, source, weights)
+    return LocalEngine(stages, weights, config.run.queue)
+
+
+def _prepare(
+    config: PrepConfig, source: Source, engine: Engine, overwrite: bool, progress: Progress | None
+) -> Prepared:
+    directory = Path(config.out)
+    identity = identity_of(config, source, engine.weights)
     if overwrite:
         remove_dataset(directory, config.dataset)
     clocks = Clocks()
@@ -138,7 +157,7 @@ def prepare(config: PrepConfig, *, overwrite: bool = False, progress: Progress |
         resumed = packer.resumed
         if progress:
             progress(packer.ledger.totals["rows"], packer.ledger.totals)
-        for batch in run_stages(wanted, stages, queue_size=config.run.queue, clocks=clocks):
+        for batch in engine.run(wanted, clocks):
             pack_batch(packer, batch, clocks)
             if progress:
                 progress(packer.ledger.totals["rows"], packer.ledger.totals)

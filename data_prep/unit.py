@@ -119,13 +119,13 @@ class Unit:
     counts: Counter[str] = field(default_factory=Counter)
     encoded: bytes = b""
     picture: UInt8[np.ndarray, "height width 3"] | None = None
+    shape: tuple[int, int] = (0, 0)
     made: list[Item] = field(default_factory=list)  # the perturbed items of a materialized set
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the decoded picture."""
-        assert self.picture is not None
-        return self.picture.shape[0], self.picture.shape[1]
+        """Height and width of the decoded picture, also after its pixels are let go."""
+        return self.shape if self.picture is None else (self.picture.shape[0], self.picture.shape[1])
 
     def reject(self, item: Item, stage: str, reason: str, detail: str = "") -> None:
         """Move one question to the rejects."""
