@@ -86,5 +86,5 @@ def test_what_a_worker_cannot_do_is_one_clear_line(tmp_path):
     config = config_of("folder", tmp_path / "source", tmp_path / "out", segment={"model": model}, run=WORKERS)
     with pytest.raises(UserError, match=r"gone\.pth"):
         prepare(config)
-    with pytest.raises(UserError, match="run.gpus"):
+    with pytest.raises(UserError, match=r"run\.gpus"):
         run(tmp_path, "out", {**WORKERS, "gpus": 1.0})
