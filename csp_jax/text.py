@@ -24,12 +24,14 @@ class Prompts:
     )
     verify: str = "A model was asked: {question} It answered: {response}. Is this right?"
     shot: str = "{query} {confidence}"
+    keyword: str = "Question: {question}\nAnswer: {response}\nObject:"
 
     def __post_init__(self) -> None:
         self._check("answer", {"question"})
         self._check("confidence", {"question", "response"})
         self._check("verify", {"question", "response"})
         self._check("shot", {"query", "confidence"})
+        self._check("keyword", {"question", "response"})
 
     def _check(self, field: str, names: set[str]) -> None:
         where, text = f"prompts.{field}", getattr(self, field)
@@ -61,6 +63,17 @@ class Prompts:
         """The yes/no question whether a response is right."""
         return self.verify.format(question=question, response=response.rstrip("."))
 
+    def ask_keyword(self, question: str, response: str) -> list[tuple[str, str]]:
+        """A conversation of (speaker, words) that ends where the key object of a question about a photo is to be named.
+
+        The instruction and examples of the task come first; a small model needs them.
+        """
+        turns = [("system", KEYWORD_TASK)]
+        for asked, answered, keyword in KEYWORD_SHOTS:
+            turns += [("user", self.keyword.format(question=asked, response=answered)), ("assistant", keyword)]
+        shortened = response if len(response) <= KEYWORD_RESPONSE else response[:KEYWORD_RESPONSE].rsplit(" ", 1)[0]
+        return [*turns, ("user", self.keyword.format(question=question.strip(), response=shortened.strip()))]
+
     def ask_confidence(self, question: str, response: str, shots: tuple[tuple[str, str, int], ...] = ()) -> str:
         """The confidence query about a response, after `shots`: (question, response, percent) examples."""
         query = self.confidence.format(question=question, response=response.rstrip("."))
@@ -72,6 +85,21 @@ class Prompts:
             for asked, answered, percent in shots
         ]
         return " ".join([*examples, query])
+
+
+KEYWORD_TASK = (
+    "You read a question about a photo and its answer. Name the one thing in the photo that one has to look at to "
+    "answer the question. Use a word or two from the question or the answer, and nothing else."
+)
+KEYWORD_SHOTS = (
+    ("Is there a kettle in the image?", "yes", "kettle"),
+    ("What is lying on the carpet next to the boy?", "A pair of boots.", "boots"),
+    ("Are the curtains striped?", "No, they are plain.", "curtains"),
+    ("Which town does the bus go to?", "Harwich", "bus"),
+    ("Please tell me what you notice in this photo.", "A heron stands at the edge of a pond, quite still.", "heron"),
+    ("How many candles are burning on the shelf?", "3", "candles"),
+)
+KEYWORD_RESPONSE = 400  # characters of a long answer that are shown: its first sentences name what it is about
 
 
 def percent_text(percent: int) -> str:

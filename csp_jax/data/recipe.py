@@ -5,6 +5,7 @@ Every recipe is a callable `(record, generator) -> Drawn`; it runs in data worke
 `answers`   ordinary questions and answers (trains a base); with taught confidence if asked for.
 `paper`     [A] as printed: right responses about the buried object, label c.
 `evidence`  ours: right and wrong responses, label = probability of being right given what is still visible.
+`materialized`  `paper` on pictures that were noised when the data set was made, each with its label.
 `original`  plain chosen / rejected answers without the confidence query ([A] 4.3.2, "original RLAIF").
 """
 
@@ -296,8 +297,9 @@ class PaperRecipe(Recipe):
 
     def __call__(self, record: Record, generator: np.random.Generator) -> Drawn:
         counts: Counter = Counter()
-        usable = [item for item in record.items if item.regions and item.right == 1 and item.candidates]
-        counts["skipped_without_object"] += sum(bool(item.candidates) and not item.regions for item in record.items)
+        asked_about = [item for item in record.items if item.candidates or self.config.free_form]
+        usable = [item for item in asked_about if item.regions and item.right == 1]
+        counts["skipped_without_object"] += sum(not item.regions for item in asked_about)
         if not usable:
             return Drawn(None, counts)
         first = usable[generator.integers(len(usable))]
@@ -311,6 +313,22 @@ class PaperRecipe(Recipe):
         asked = [self.label_bundle(asker, same[i].question, same[i].response, percent, counts) for i in order]
         bundles = [bundle for bundle in asked if bundle] + self.retention(asker, record, generator)
         return self.sample(picture, bundles, counts)
+
+
+class MaterializedRecipe(Recipe):
+    """One of a record's perturbed pictures, shown as it is, and the confidence that it was made for as the label."""
+
+    def __call__(self, record: Record, generator: np.random.Generator) -> Drawn:
+        counts: Counter = Counter()
+        usable = [item for item in record.items if item.perturbed_image and item.right == 1]
+        if not usable:
+            counts["skipped_without_perturbed_image"] += 1
+            return Drawn(None, counts)
+        item = usable[generator.integers(len(usable))]
+        picture = self.picture(record, open_image(item.perturbed_image, item.id), None, 100.0)
+        asker = Asker(self.family, self.prompts, (self.family.image_tokens(picture.canvas),))
+        bundle = self.label_bundle(asker, item.question, item.response, round(item.confidence), counts)
+        return self.sample(picture, [bundle] if bundle else [], counts)
 
 
 class OriginalRecipe(Recipe):
@@ -443,5 +461,6 @@ RECIPES: dict[str, type[Recipe]] = {
     "answers": AnswerRecipe,
     "paper": PaperRecipe,
     "evidence": EvidenceRecipe,
+    "materialized": MaterializedRecipe,
     "original": OriginalRecipe,
 }

@@ -1,0 +1,1 @@
+"""A question and its answer -> the name of the object that has to be seen."""

@@ -1,0 +1,1 @@
+"""A keyword -> boxes in the picture."""

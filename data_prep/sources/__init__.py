@@ -1,0 +1,1 @@
+"""Data sets as rows: one class for each layout, all behind `Source`."""

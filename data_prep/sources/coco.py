@@ -1,0 +1,111 @@
+"""COCO instances: images, categories and annotations with their masks; the questions are ours."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from csp_jax.errors import UserError
+from csp_jax.records import Item
+from data_prep.config import CocoConfig
+from data_prep.masks import coco_segmentation
+from data_prep.sources.base import AnyRow, Source, read_json, resolve, yes_no_fields
+from data_prep.unit import BadRow, ImageFile, Region, Row
+
+
+def existence_question(noun: str) -> str:
+    """`Is there a dog in the image?`"""
+    article = "an" if noun[0].lower() in "aeiou" else "a"
+    return f"Is there {article} {noun} in the image?"
+
+
+class Coco(Source):
+    """Existence questions: one for every category that a picture has, and as many for categories that it has not.
+
+    Absent categories are drawn at random, or (`popular`) with the odds of how many pictures have them. The draw
+    depends on the picture's id alone.
+    """
+
+    dataset = "coco"
+
+    def __init__(self, config: CocoConfig):
+        self.config = config
+        root = Path(config.root)
+        self._images = root / config.images
+        self._file = resolve(root, config.annotations, "annotations")[0]
+
+    def files(self) -> list[Path]:
+        return [self._file]
+
+    def rows(self) -> Iterator[AnyRow]:
+        raw = read_json(self._file)
+        try:
+            names = {category["id"]: category["name"] for category in raw["categories"]}
+            images = raw["images"]
+            of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+            for annotation in raw["annotations"]:
+                of_image[annotation["image_id"]].append(annotation)
+            here = {image: {a["category_id"] for a in those} for image, those in of_image.items()}
+        except (KeyError, TypeError) as error:
+            problem = f"has no usable {error}"
+            raise UserError(problem, file=self._file, mend="Use COCO's instances_*.json") from None
+        pictures = Counter(category for those in here.values() for category in those)
+        for image in images:
+            yield from self._picture(image, names, of_image, pictures)
+
+    def _picture(
+        self,
+        image: dict[str, Any],
+        names: dict[int, str],
+        of_image: dict[int, list[dict[str, Any]]],
+        pictures: Counter[int],
+    ) -> Iterator[AnyRow]:
+        where = f"{self._file.name}:image {image.get('id')}" if isinstance(image, dict) else self._file.name
+        try:
+            identifier, file = image["id"], ImageFile(self._images / image["file_name"])
+            picture = f"{self.dataset}-{image['file_name']}"
+            regions = [(a["category_id"], self._region(image, names, a)) for a in of_image[identifier]]
+        except (KeyError, TypeError, ValueError) as error:
+            yield BadRow(where, "bad_row", str(error))
+            return
+        crowds = {a["category_id"] for a in of_image[identifier] if a.get("iscrowd")}
+        single = {a["category_id"] for a in of_image[identifier] if not a.get("iscrowd")}
+        present = sorted(single | (crowds if self.config.crowds else set()))
+        for category in present:
+            mine = tuple(region for own, region in regions if own == category)
+            yield Row(where, picture, file, self._item(identifier, names[category], "yes", len(mine)), mine)
+        for category in self._absent(identifier, names, single | crowds, len(present), pictures):
+            yield Row(where, picture, file, self._item(identifier, names[category], "no", 0))
+
+    def _region(self, image: dict[str, Any], names: dict[int, str], annotation: dict[str, Any]) -> Region:
+        left, top, width, height = (float(number) for number in annotation["bbox"])
+        mask = coco_segmentation(annotation["segmentation"], image["height"], image["width"])
+        return Region(names[annotation["category_id"]], (left, top, left + width, top + height), mask=mask)
+
+    def _absent(
+        self, identifier: int, names: dict[int, str], present: set[int], count: int, pictures: Counter[int]
+    ) -> list[int]:
+        absent = sorted(set(names) - present)
+        if self.config.absent == "none" or not absent:
+            return []
+        odds = np.array([pictures[category] if self.config.absent == "popular" else 1 for category in absent], float)
+        usable = int((odds > 0).sum())
+        generator = np.random.default_rng(int(identifier))
+        chosen = generator.choice(
+            len(absent), min(count, usable), replace=False, p=odds / odds.sum() if usable else None
+        )
+        return [absent[place] for place in chosen]
+
+    def _item(self, identifier: int, noun: str, truth: str, regions: int) -> Item:
+        return Item(
+            id=f"{self.dataset}-{identifier}-{noun.replace(' ', '_')}",
+            question=existence_question(noun),
+            keyword=noun,
+            regions=tuple(range(regions)),
+            category="existence",
+            **yes_no_fields(truth),
+        )

@@ -1,0 +1,90 @@
+"""Ray's workers do what the stages of this process do, also when one of them is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import prep_samples
+import pytest
+from prep_runs import config_of, tree
+
+import data_prep.run
+from csp_jax.errors import UserError
+from data_prep.run import prepare
+from data_prep.verify import verify
+
+pytest.importorskip("ray", reason="ray is not installed: make test-sam runs this")
+
+SEGMENT = {"model": {"name": "grabcut", "iterations": 8}}
+WORKERS = {"engine": "ray", "workers": 2, "cpus": 0.5, "progress": False, "threads": 1}
+
+
+def source_of(root: Path, count: int) -> None:
+    """`count` pictures with a box each; every fifth row is bad."""
+    root.mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        (root / f"{number}.jpg").write_bytes(prep_samples.jpeg_bytes(number))
+        row = {"image": f"{number}.jpg", "question": "Is there a ball here?", "answer": "yes"}
+        rows.append(
+            row | {"regions": [{"box": list(prep_samples.BOX)}]} | ({"question": ""} if number % 5 == 2 else {})
+        )
+    prep_samples.write_lines(root / "questions.jsonl", rows)
+
+
+def run(folder: Path, out: str, way: dict[str, Any], progress: Any = None) -> Any:
+    common = {"batch": 2, "segment": SEGMENT, "pack": {"records_per_shard": 7, "splits": {"train": 0.8, "test": 0.2}}}
+    config = config_of("folder", folder / "source", folder / out, **common, run=way)
+    return prepare(config, progress=progress)
+
+
+def test_a_killed_worker_loses_and_doubles_nothing(tmp_path, monkeypatch):
+    """Both workers are killed, one after the other; the data set is that of a run without ray, byte for byte."""
+    source_of(tmp_path / "source", 60)
+    plain = run(tmp_path, "plain", {"progress": False, "threads": 1})
+    engines = []
+    opened = data_prep.run.open_engine
+    monkeypatch.setattr(data_prep.run, "open_engine", lambda config: engines.append(opened(config)) or engines[-1])
+    killed: list[int] = []
+
+    def kill(rows: int, totals: Counter[str]) -> None:
+        if len(killed) < 2 and rows >= 8 + 20 * len(killed):
+            if not killed:
+                engines[0].known = engines[0].pids()
+            killed.append(engines[0].known[len(killed)])
+            os.kill(killed[-1], signal.SIGKILL)
+
+    done = run(tmp_path, "ray", WORKERS, kill)
+    assert len(set(killed)) == 2
+    assert done.totals == plain.totals
+    assert tree(tmp_path / "ray") == tree(tmp_path / "plain")
+    assert verify(tmp_path / "ray")["rows"] == 60
+
+
+def test_an_interrupted_run_goes_on_with_another_engine(tmp_path):
+    source_of(tmp_path / "source", 24)
+
+    def stop(rows: int, totals: Counter[str]) -> None:
+        if rows >= 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "out", {"progress": False, "threads": 1}, stop)
+    done = run(tmp_path, "out", WORKERS)
+    assert done.resumed > 0
+    run(tmp_path, "plain", {"progress": False, "threads": 1})
+    assert tree(tmp_path / "out") == tree(tmp_path / "plain")
+
+
+def test_what_a_worker_cannot_do_is_one_clear_line(tmp_path):
+    source_of(tmp_path / "source", 2)
+    model = {"name": "sam", "checkpoint": str(tmp_path / "gone.pth")}
+    config = config_of("folder", tmp_path / "source", tmp_path / "out", segment={"model": model}, run=WORKERS)
+    with pytest.raises(UserError, match=r"gone\.pth"):
+        prepare(config)
+    with pytest.raises(UserError, match=r"run\.gpus"):
+        run(tmp_path, "out", {**WORKERS, "gpus": 1.0})
