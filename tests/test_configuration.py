@@ -129,7 +129,7 @@ TRAININGS = sorted(file for file in CONFIGS.rglob("*.yaml") if "loss:" in file.r
 def test_shipped_trainings_are_valid(file):
     config = load_config(TrainConfig, file)
     if config.data.recipe.name == "evidence":
-        assert config.data.recipe.region == "box"  # an outline says what is buried: see tests/data/test_recipe_leaks.py
+        assert config.data.recipe.region == "square"  # others say what is buried: see tests/data/test_recipe_leaks.py
     if config.loss.name == "simpo":
         assert (config.loss.beta, config.loss.simpo_gamma, config.loss.nll_weight) == (2.0, 1.0, 0.0)  # printed
 
