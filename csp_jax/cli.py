@@ -210,6 +210,25 @@ def export(
 
 
 @app.command()
+def parity(
+    folders: Annotated[list[Path], typer.Argument(help="folders of a checkpoint, inputs and reference outputs")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare ports with their originals, case by case; the status is 1 where a difference is past its limit."""
+    from csp_jax.parity.checks import parity as compare
+
+    _configure_jax()
+    checks = compare(folders)
+    rows = [check.row() for check in checks]
+    if not as_json:
+        rows = [{**row, "difference": "" if row["difference"] is None else f"{row['difference']:.2g}"} for row in rows]
+        rows = [{**row, "limit": f"{row['limit']:.0e}" if row["limit"] else "0"} for row in rows]
+    _print_rows(rows, as_json, "Against the originals")
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
 def ask(
     image: Annotated[Path, typer.Argument(help="a picture")],
     question: Annotated[str, typer.Argument(help="a question about it")],

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
 from csp_jax.calibration.protocols import QuestionTree, Reading, Shots, question_tree, read_question
-from csp_jax.data.batch import Batch, Packer, Picture, Sample, Shape, Tree
+from csp_jax.data.batch import Batch, Packer, Sample, Shape, Tree
+from csp_jax.data.pictures import check_slots, show
 from csp_jax.data.recipe import Asker, noise_identity
 from csp_jax.data.shards import ShardSource, evaluation_records
 from csp_jax.errors import UserError
@@ -86,7 +87,7 @@ def _score(
     graphdef: nnx.GraphDef[VisionLanguageModel], state: nnx.State, batch: Batch, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
     model = nnx.merge(graphdef, state)
-    pixels = None if batch.canvas is None else model.normalize(to_canvas(batch.canvas))
+    pixels = None if batch.canvas is None else model.pixels(batch, to_canvas(batch.canvas))
     scores = score(model, batch, pixels, dtype=dtype)
     return scores.log_probs, scores.top_token
 
@@ -143,12 +144,12 @@ def scene_trees(
     family: HostFamily, prompts: Prompts, record: Record, items: tuple[Item, ...], shots: Shots = ()
 ) -> SceneTrees:
     """A record as one sample: its picture in the prompt, one group for each question."""
-    canvas = family.canvas(open_image(record.images[0], record.image_id))
-    picture = Picture(canvas, np.zeros(canvas.shape[:2], bool), 100.0, noise_identity(record.id))
-    asker = Asker(family, prompts, (family.image_tokens(canvas),))
+    picture = show(family, open_image(record.images[0], record.image_id), noise_id=noise_identity(record.id))
+    asker = Asker(family, prompts, (family.image_tokens(picture.canvas),))
     prompt = shared_prompt(asker)
     questions = tuple(question_tree(asker, item, len(prompt), shots) for item in items)
-    return SceneTrees(record, items, questions, Sample(prompt, (picture,), tuple(q.tree for q in questions)))
+    sample = check_slots(family, Sample(prompt, (picture,), tuple(q.tree for q in questions)))
+    return SceneTrees(record, items, questions, sample)
 
 
 def _round_up(value: int, step: int) -> int:
@@ -158,7 +159,7 @@ def _round_up(value: int, step: int) -> int:
 def shape_of(samples: Sequence[Sample], rows: int) -> Shape:
     """A shape that samples of merged trees all fit, one a row."""
     trees = [group for sample in samples for group in sample.groups if isinstance(group, Tree)]
-    canvas = samples[0].pictures[0].canvas
+    first = samples[0].pictures[0]
     groups = max(len(sample.groups) for sample in samples)
     return Shape(
         rows=rows,
@@ -168,7 +169,8 @@ def shape_of(samples: Sequence[Sample], rows: int) -> Shape:
         targets=_round_up(max(len(tree.targets) for tree in trees), 8),
         responses=groups,
         pictures=1,
-        canvas=(canvas.shape[0], canvas.shape[1]),
+        canvas=first.cell or (first.canvas.shape[0], first.canvas.shape[1]),
+        cells=max(sum(picture.cells for picture in sample.pictures) for sample in samples),
     )
 
 
