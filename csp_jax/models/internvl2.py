@@ -117,7 +117,7 @@ def _decoder(config: HubConfig, decoder: str) -> DecoderConfig:
         rms_norm_eps=config.get("llm_config.rms_norm_eps", 1e-6),
         rope_theta=config.get("llm_config.rope_theta", 10000.0),
         attention_bias=decoder == "qwen2" or bias,
-        tie_word_embeddings=config.require("llm_config.tie_word_embeddings", False, default=False),
+        tie_word_embeddings=config.get("llm_config.tie_word_embeddings", False),
     )
 
 
@@ -226,8 +226,14 @@ class InternVL2(VisionLanguageModel):
             *layer_tensors("decoder.layers", layer, decoder, range(text.num_layers - 1)),
             *layer_tensors("decoder.last", layer, decoder, text.num_layers - 1),
             Tensor("decoder.norm.scale", ("language_model.model.norm.weight",), SAME),
-            *linear("decoder.head", f"language_model.{names[1]}", bias=False),
+            *([] if text.tie_word_embeddings else linear("decoder.head", f"language_model.{names[1]}", bias=False)),
         ]
+
+    @staticmethod
+    def duplicates(config: InternVL2Config) -> dict[str, str]:
+        embed, head = INTERNLM2_NAMES if config.decoder == "internlm2" else LLAMA_NAMES
+        tied = {f"language_model.{head}.weight": f"language_model.model.{embed}.weight"}
+        return tied if config.text.tie_word_embeddings else {}
 
 
 INTERNLM2_NAMES, LLAMA_NAMES = ("tok_embeddings", "output"), ("embed_tokens", "lm_head")
