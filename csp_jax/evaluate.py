@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from csp_jax.calibration.protocols import QuestionTree, Reading, Shots, question_tree, read_question
 from csp_jax.data.batch import Batch, Packer, Sample, Shape, Tree
+from csp_jax.data.buckets import Buckets
 from csp_jax.data.pictures import check_slots, show
 from csp_jax.data.recipe import Asker, noise_identity
 from csp_jax.data.shards import ShardSource, evaluation_records
@@ -206,7 +207,7 @@ def evaluate(
         raise UserError("there is nothing to evaluate", file=source.directory, field="split", value=source.split)
     shape = shape_of([scene.sample for scene in scenes], per_host)
     found: list[tuple[Record, Item, Reading]] = []
-    for number, (chunk, result) in enumerate(_sweep(scorer, shape, scenes)):
+    for number, (chunk, result) in enumerate(_sweep(scorer, Buckets(shape), scenes)):
         log_probs, top = (np.asarray(x) for x in jax.device_get(result))
         for row, scene in enumerate(chunk):
             for group, (item, question) in enumerate(zip(scene.items, scene.questions, strict=True)):
@@ -222,7 +223,8 @@ def ask_records(
 ) -> list[Reading]:
     """What a model says to one question about each of several pictures, in one batch."""
     scenes = [scene_trees(family, prompts, record, (item,)) for record in records]
-    ((_, result),) = _sweep(scorer, shape_of([scene.sample for scene in scenes], len(scenes)), scenes)
+    whole = Buckets(shape_of([scene.sample for scene in scenes], len(scenes)))
+    ((_, result),) = _sweep(scorer, whole, scenes)
     log_probs, top = (np.asarray(x) for x in jax.device_get(result))
     edges = [len(scene.questions[0].tree.targets) for scene in scenes]
     return [
@@ -232,13 +234,18 @@ def ask_records(
 
 
 def _sweep(
-    scorer: Scorer, shape: Shape, scenes: list[SceneTrees]
+    scorer: Scorer, buckets: Buckets, scenes: list[SceneTrees]
 ) -> Iterator[tuple[list[SceneTrees], tuple[jax.Array, jax.Array]]]:
-    """Score scenes in chunks; the next chunk is on its way before the last one is read."""
+    """Score scenes in chunks; the next chunk is on its way before the last one is read.
+
+    Over several hosts all chunks have the one shape that holds every scene: the hosts must run the same program.
+    """
+    rows = buckets.whole.rows
     waiting: tuple[list[SceneTrees], tuple[jax.Array, jax.Array]] | None = None
-    for start in range(0, len(scenes), shape.rows):
-        chunk = scenes[start : start + shape.rows]
-        packer = Packer(shape)
+    for start in range(0, len(scenes), rows):
+        chunk = scenes[start : start + rows]
+        alone = jax.process_count() == 1
+        packer = Packer(buckets([scene.sample for scene in chunk]) if alone else buckets.whole)
         for scene in chunk:
             packer.add(scene.sample, share_rows=False)
         result = scorer(packer.batch)
