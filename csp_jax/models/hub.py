@@ -138,6 +138,12 @@ def weight_files(directory: Path) -> list[Path]:
     raise UserError("no safetensors or .bin files here", file=directory, mend="Give a checkpoint's folder")
 
 
+def companions(directory: Path) -> list[Path]:
+    """A folder's files beside its weights: configuration, tokenizer, limits of pictures."""
+    weights = re.compile(r"\.(safetensors|bin)(\.|$)")
+    return sorted(file for file in directory.iterdir() if file.is_file() and not weights.search(file.name))
+
+
 def _indexed(index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -176,7 +182,8 @@ def load_state(
     folder.check_names({key for tensor in plan.values() for key in tensor.keys}, duplicates or {})
     filled = {}
     for path, variable in leaves.items():
-        filled[path] = variable.replace(put(variable, _assemble(folder, plan[path], variable.get_value().shape, dtype)))
+        leaf = put(variable, _assemble(folder, plan[path], variable.get_value().shape, dtype))
+        filled[path] = variable.replace(jax.block_until_ready(leaf))  # or the next one would wait beside it in memory
     return nnx.from_flat_state([(path, filled[".".join(map(str, path))]) for path, _ in nnx.to_flat_state(abstract)])
 
 
