@@ -141,6 +141,11 @@ def example_shots(source: ShardSource, count: int) -> Shots:
     )
 
 
+def choice_items(record: Record) -> tuple[Item, ...]:
+    """The items that have answers to choose from."""
+    return tuple(item for item in record.items if len(item.candidates) > 1)
+
+
 def scene_trees(
     family: HostFamily, prompts: Prompts, record: Record, items: tuple[Item, ...], shots: Shots = ()
 ) -> SceneTrees:
@@ -151,6 +156,32 @@ def scene_trees(
     questions = tuple(question_tree(asker, item, len(prompt), shots) for item in items)
     sample = check_slots(family, Sample(prompt, (picture,), tuple(q.tree for q in questions)))
     return SceneTrees(record, items, questions, sample)
+
+
+def split_by_regime(family: HostFamily, scene: SceneTrees) -> list[SceneTrees]:
+    """A scene as parts whose questions are of one rotary regime (see `HostFamily.regime`); nearly always one part."""
+    size = len(scene.sample.prompt)
+    regimes = [family.regime(size + depth(question.tree)) for question in scene.questions]
+    parts = []
+    for regime in dict.fromkeys(regimes):
+        chosen = [number for number, own in enumerate(regimes) if own == regime]
+        parts.append(
+            SceneTrees(
+                scene.record,
+                tuple(scene.items[number] for number in chosen),
+                tuple(scene.questions[number] for number in chosen),
+                dataclasses.replace(scene.sample, groups=tuple(scene.sample.groups[number] for number in chosen)),
+            )
+        )
+    return parts
+
+
+def depth(tree: Tree) -> int:
+    """Tokens of a tree's longest path, its target included."""
+    depths: list[int] = []
+    for parent in tree.parents:
+        depths.append(1 + (depths[parent] if parent >= 0 else 0))
+    return max((1 + (depths[parent] if parent >= 0 else 0) for _, parent, _, _ in tree.targets), default=0)
 
 
 def _round_up(value: int, step: int) -> int:
@@ -199,9 +230,10 @@ def evaluate(
     ]
     records = records[: limit or None]
     scenes = [
-        scene_trees(family, prompts, record, tuple(item for item in record.items if len(item.candidates) > 1), shots)
+        part
         for record in records
         if record is not None
+        for part in split_by_regime(family, scene_trees(family, prompts, record, choice_items(record), shots))
     ]
     if not scenes:
         raise UserError("there is nothing to evaluate", file=source.directory, field="split", value=source.split)

@@ -144,8 +144,18 @@ class Recipe:
         buried = region if region is not None else self.config.region == "global" and confidence < 100
         return show(self.family, image, buried, confidence, noise_identity(record.id))
 
+    def one_regime(self, bundles: list[Bundle], counts: Counter) -> list[Bundle]:
+        """The bundles of the commonest rotary regime (see `HostFamily.regime`); the others are counted and left out."""
+        regimes = [self.family.regime(max(len(b.tokens) for b in bundle), train=True) for bundle in bundles]
+        if len(set(regimes)) < 2:
+            return bundles
+        ((common, kept),) = Counter(regimes).most_common(1)
+        counts["bundles_of_another_regime"] += len(bundles) - kept
+        return [bundle for bundle, regime in zip(bundles, regimes) if regime == common]
+
     def sample(self, picture: Picture, bundles: list[Bundle], counts: Counter) -> Drawn:
         """Bundles of full sequences -> a sample whose prompt is what all of them share."""
+        bundles = self.one_regime(bundles, counts)
         sequences = [branch.tokens for bundle in bundles for branch in bundle]
         if not sequences:
             return Drawn(None, counts)

@@ -71,8 +71,11 @@ class HostFamily(abc.ABC):
     def conversation(self, question: str, images: int) -> str:
         """The prompt text up to where the answer begins, with one image mark per picture."""
 
-    def regime(self, length: int) -> float:
-        """What a sequence's length chooses in the rotary frequencies; sequences that share keys must agree in it."""
+    def regime(self, length: int, *, train: bool = False) -> float:
+        """What a sequence's length chooses in the rotary frequencies, in training or in evaluation.
+
+        Sequences that share a prompt's keys are computed under the regime of the longest: they should have one.
+        """
         return 0.0
 
     def check_words(self) -> None:

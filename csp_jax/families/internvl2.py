@@ -72,7 +72,7 @@ class InternVL2Host(HostFamily):
             "<|im_start|>assistant\n"
         )
 
-    def regime(self, length: int) -> float:
+    def regime(self, length: int, *, train: bool = False) -> float:
         text = self.config["llm_config"]
         scaling = text.get("rope_scaling") or {}
         return float(scaling.get("type") == "dynamic" and length > text.get("max_position_embeddings", 2048))

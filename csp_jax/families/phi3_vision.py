@@ -88,5 +88,5 @@ class Phi3VisionHost(HostFamily):
                 start = picture.end()
                 yield IMAGE_SLOT, start
 
-    def regime(self, length: int) -> float:
+    def regime(self, length: int, *, train: bool = False) -> float:
         return float(length > self.short)

@@ -51,8 +51,9 @@ class QwenVLHost(HostFamily):
             f"<|im_start|>user\n{pictures}{question}<|im_end|>\n<|im_start|>assistant\n"
         )
 
-    def regime(self, length: int) -> float:
-        return ntk_alpha(length, self.config["seq_length"]) if self.config.get("use_dynamic_ntk") else 1.0
+    def regime(self, length: int, *, train: bool = False) -> float:
+        stretched = self.config.get("use_dynamic_ntk", True) and not train
+        return ntk_alpha(length, self.config.get("seq_length", 2048)) if stretched else 1.0
 
 
 def ntk_alpha(length: int, trained: int) -> float:
