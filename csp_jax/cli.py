@@ -234,10 +234,14 @@ def export(
 @app.command()
 def parity(
     folders: Annotated[list[Path], typer.Argument(help="folders of a checkpoint, inputs and reference outputs")],
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="print the largest differences as a Markdown table")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare ports with their originals, case by case; the status is 1 where a difference is past its limit."""
     from csp_jax.parity.checks import parity as compare
+    from csp_jax.parity.checks import summary
 
     _configure_jax()
     checks = compare(folders)
@@ -245,7 +249,10 @@ def parity(
     if not as_json:
         rows = [{**row, "difference": "" if row["difference"] is None else f"{row['difference']:.2g}"} for row in rows]
         rows = [{**row, "limit": f"{row['limit']:.0e}" if row["limit"] else "0"} for row in rows]
-    _print_rows(rows, as_json, "Against the originals")
+    if markdown:
+        typer.echo(summary(checks))
+    else:
+        _print_rows(rows, as_json, "Against the originals")
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
 

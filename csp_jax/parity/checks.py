@@ -191,3 +191,31 @@ def parity(directories: list[Path]) -> list[Check]:
             except UserError as error:
                 checks.append(Check(directory.name, "", "", "import", 1.0, 0.0, str(error)))
     return checks
+
+
+COLUMNS = {  # of the summary: the checks that each one takes together
+    "import": ("import",),
+    "export": ("export",),
+    "pixels": ("views", "pixels", "pixels, every 7th"),
+    "features": ("features",),
+    "logits": ("logits",),
+    "greedy": ("greedy",),
+}
+
+
+def summary(checks: list[Check]) -> str:
+    """A Markdown table: the largest difference of each folder and kind of check, **bold** where it is past its limit.
+
+    Pixel values that the reference holds in half precision are left to those in full precision.
+    """
+    lines = [f"| folder | family | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for folder in dict.fromkeys(check.folder for check in checks):
+        own = [check for check in checks if check.folder == folder and check.limit != HALF_TOLERANCE]
+        cells = []
+        for names in COLUMNS.values():
+            some = [check for check in own if check.what in names and check.difference is not None]
+            worst = max((check.difference or 0.0 for check in some), default=None)
+            text = "–" if worst is None else "exact" if worst == 0 else f"{worst:.1e}"
+            cells.append(text if all(check.passed for check in some) else f"**{text}**")
+        lines.append(f"| {folder} | {own[0].family if own else ''} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -129,6 +129,22 @@ def test_the_command_says_what_differs_and_fails(folder, tmp_path):
     assert "no safetensors" in row["note"]
 
 
+def test_the_table_shows_the_largest_differences(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    edit(other / "text_only.safetensors", lambda tensors: tensors["logits"].__iadd__(np.float32(1)))
+    status, text = run(folder, other, "--markdown")
+    assert status == 1
+    head, _, first, second = text.strip().splitlines()
+    assert head == "| folder | family | import | export | pixels | features | logits | greedy |"
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    assert cells[:4] == ["qwen2_vl", "qwen2_vl", "exact", "exact"]
+    assert cells[5] == "–"  # no case with features
+    assert 0 < float(cells[6]) < 1e-4
+    assert cells[7] == "exact"
+    assert "| **1.0e+00** |" in second
+
+
 def test_videos_are_named_as_skipped(folder):
     cases = json.loads((folder / "cases.json").read_text())
     cases["clip"] = {"videos": ["vid0"], "images": [], "tensors": {}}
