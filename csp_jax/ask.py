@@ -10,7 +10,8 @@ import numpy as np
 
 from csp_jax.calibration.protocols import EdgeTree, confidence_choice, expected_confidence
 from csp_jax.config import ParallelConfig
-from csp_jax.data.batch import Packer, Picture, Sample
+from csp_jax.data.batch import Packer, Sample
+from csp_jax.data.pictures import check_slots, show
 from csp_jax.data.recipe import Asker
 from csp_jax.evaluate import Scorer, shape_of, shared_prompt
 from csp_jax.families.interface import open_image
@@ -28,15 +29,14 @@ def ask_picture(folder: Path, image: Path, question: str, prompts: Prompts | Non
     """
     prompts = prompts or Prompts()
     family = open_family(folder)
-    canvas = family.canvas(open_image(image, str(image)))
-    picture = Picture(canvas, np.zeros(canvas.shape[:2], bool))
+    picture = show(family, open_image(image, str(image)))
     model = load_model(folder)
     answer = greedy_answer(model, family, picture, prompts.ask(question))
-    asker = Asker(family, prompts, (family.image_tokens(canvas),))
+    asker = Asker(family, prompts, (family.image_tokens(picture.canvas),))
     prompt = shared_prompt(asker)
     tree = EdgeTree()
     choice = confidence_choice(tree, asker, question, answer, len(prompt))
-    sample = Sample(prompt, (picture,), (tree.tree,))
+    sample = check_slots(family, Sample(prompt, (picture,), (tree.tree,)))
     packer = Packer(shape_of([sample], 1))
     packer.add(sample)
     scorer = Scorer(model, make_mesh(ParallelConfig(data=1), jax.local_devices()[:1]))

@@ -41,6 +41,7 @@ class ShapeConfig(Section):
     length: AtLeastOne = 48
     targets: AtLeastOne = 16
     responses: AtLeastOne = 32
+    cells: Count = 0  # tiles, crops or patches of all pictures; 0: one a picture
 
 
 class RecipeConfig(Section):

@@ -16,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
 from csp_jax.calibration.protocols import QuestionTree, Reading, Shots, question_tree, read_question
-from csp_jax.data.batch import Batch, Packer, Picture, Sample, Shape, Tree
+from csp_jax.data.batch import Batch, Packer, Sample, Shape, Tree
+from csp_jax.data.buckets import Buckets
+from csp_jax.data.pictures import check_slots, show
 from csp_jax.data.recipe import Asker, noise_identity
 from csp_jax.data.shards import ShardSource, evaluation_records
 from csp_jax.errors import UserError
@@ -86,7 +88,7 @@ def _score(
     graphdef: nnx.GraphDef[VisionLanguageModel], state: nnx.State, batch: Batch, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
     model = nnx.merge(graphdef, state)
-    pixels = None if batch.canvas is None else model.normalize(to_canvas(batch.canvas))
+    pixels = None if batch.canvas is None else model.pixels(batch, to_canvas(batch.canvas))
     scores = score(model, batch, pixels, dtype=dtype)
     return scores.log_probs, scores.top_token
 
@@ -139,16 +141,47 @@ def example_shots(source: ShardSource, count: int) -> Shots:
     )
 
 
+def choice_items(record: Record) -> tuple[Item, ...]:
+    """The items that have answers to choose from."""
+    return tuple(item for item in record.items if len(item.candidates) > 1)
+
+
 def scene_trees(
     family: HostFamily, prompts: Prompts, record: Record, items: tuple[Item, ...], shots: Shots = ()
 ) -> SceneTrees:
     """A record as one sample: its picture in the prompt, one group for each question."""
-    canvas = family.canvas(open_image(record.images[0], record.image_id))
-    picture = Picture(canvas, np.zeros(canvas.shape[:2], bool), 100.0, noise_identity(record.id))
-    asker = Asker(family, prompts, (family.image_tokens(canvas),))
+    picture = show(family, open_image(record.images[0], record.image_id), noise_id=noise_identity(record.id))
+    asker = Asker(family, prompts, (family.image_tokens(picture.canvas),))
     prompt = shared_prompt(asker)
     questions = tuple(question_tree(asker, item, len(prompt), shots) for item in items)
-    return SceneTrees(record, items, questions, Sample(prompt, (picture,), tuple(q.tree for q in questions)))
+    sample = check_slots(family, Sample(prompt, (picture,), tuple(q.tree for q in questions)))
+    return SceneTrees(record, items, questions, sample)
+
+
+def split_by_regime(family: HostFamily, scene: SceneTrees) -> list[SceneTrees]:
+    """A scene as parts whose questions are of one rotary regime (see `HostFamily.regime`); nearly always one part."""
+    size = len(scene.sample.prompt)
+    regimes = [family.regime(size + depth(question.tree)) for question in scene.questions]
+    parts = []
+    for regime in dict.fromkeys(regimes):
+        chosen = [number for number, own in enumerate(regimes) if own == regime]
+        parts.append(
+            SceneTrees(
+                scene.record,
+                tuple(scene.items[number] for number in chosen),
+                tuple(scene.questions[number] for number in chosen),
+                dataclasses.replace(scene.sample, groups=tuple(scene.sample.groups[number] for number in chosen)),
+            )
+        )
+    return parts
+
+
+def depth(tree: Tree) -> int:
+    """Tokens of a tree's longest path, its target included."""
+    depths: list[int] = []
+    for parent in tree.parents:
+        depths.append(1 + (depths[parent] if parent >= 0 else 0))
+    return max((1 + (depths[parent] if parent >= 0 else 0) for _, parent, _, _ in tree.targets), default=0)
 
 
 def _round_up(value: int, step: int) -> int:
@@ -158,7 +191,7 @@ def _round_up(value: int, step: int) -> int:
 def shape_of(samples: Sequence[Sample], rows: int) -> Shape:
     """A shape that samples of merged trees all fit, one a row."""
     trees = [group for sample in samples for group in sample.groups if isinstance(group, Tree)]
-    canvas = samples[0].pictures[0].canvas
+    first = samples[0].pictures[0]
     groups = max(len(sample.groups) for sample in samples)
     return Shape(
         rows=rows,
@@ -168,7 +201,8 @@ def shape_of(samples: Sequence[Sample], rows: int) -> Shape:
         targets=_round_up(max(len(tree.targets) for tree in trees), 8),
         responses=groups,
         pictures=1,
-        canvas=(canvas.shape[0], canvas.shape[1]),
+        canvas=first.cell or (first.canvas.shape[0], first.canvas.shape[1]),
+        cells=max(sum(picture.cells for picture in sample.pictures) for sample in samples),
     )
 
 
@@ -196,15 +230,16 @@ def evaluate(
     ]
     records = records[: limit or None]
     scenes = [
-        scene_trees(family, prompts, record, tuple(item for item in record.items if len(item.candidates) > 1), shots)
+        part
         for record in records
         if record is not None
+        for part in split_by_regime(family, scene_trees(family, prompts, record, choice_items(record), shots))
     ]
     if not scenes:
         raise UserError("there is nothing to evaluate", file=source.directory, field="split", value=source.split)
     shape = shape_of([scene.sample for scene in scenes], per_host)
     found: list[tuple[Record, Item, Reading]] = []
-    for number, (chunk, result) in enumerate(_sweep(scorer, shape, scenes)):
+    for number, (chunk, result) in enumerate(_sweep(scorer, Buckets(shape), scenes)):
         log_probs, top = (np.asarray(x) for x in jax.device_get(result))
         for row, scene in enumerate(chunk):
             for group, (item, question) in enumerate(zip(scene.items, scene.questions, strict=True)):
@@ -220,7 +255,8 @@ def ask_records(
 ) -> list[Reading]:
     """What a model says to one question about each of several pictures, in one batch."""
     scenes = [scene_trees(family, prompts, record, (item,)) for record in records]
-    ((_, result),) = _sweep(scorer, shape_of([scene.sample for scene in scenes], len(scenes)), scenes)
+    whole = Buckets(shape_of([scene.sample for scene in scenes], len(scenes)))
+    ((_, result),) = _sweep(scorer, whole, scenes)
     log_probs, top = (np.asarray(x) for x in jax.device_get(result))
     edges = [len(scene.questions[0].tree.targets) for scene in scenes]
     return [
@@ -230,13 +266,18 @@ def ask_records(
 
 
 def _sweep(
-    scorer: Scorer, shape: Shape, scenes: list[SceneTrees]
+    scorer: Scorer, buckets: Buckets, scenes: list[SceneTrees]
 ) -> Iterator[tuple[list[SceneTrees], tuple[jax.Array, jax.Array]]]:
-    """Score scenes in chunks; the next chunk is on its way before the last one is read."""
+    """Score scenes in chunks; the next chunk is on its way before the last one is read.
+
+    Over several hosts all chunks have the one shape that holds every scene: the hosts must run the same program.
+    """
+    rows = buckets.whole.rows
     waiting: tuple[list[SceneTrees], tuple[jax.Array, jax.Array]] | None = None
-    for start in range(0, len(scenes), shape.rows):
-        chunk = scenes[start : start + shape.rows]
-        packer = Packer(shape)
+    for start in range(0, len(scenes), rows):
+        chunk = scenes[start : start + rows]
+        alone = jax.process_count() == 1
+        packer = Packer(buckets([scene.sample for scene in chunk]) if alone else buckets.whole)
         for scene in chunk:
             packer.add(scene.sample, share_rows=False)
         result = scorer(packer.batch)

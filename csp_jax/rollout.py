@@ -22,7 +22,7 @@ from csp_jax.perturb import to_canvas
 def _continue_greedily(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> Int[Array, " tokens"]:
     """The most likely token at every step of one chain; the tokens after the step are padding that nobody sees."""
     model = nnx.merge(graphdef, state)
-    pixels = None if batch.canvas is None else model.normalize(to_canvas(batch.canvas))
+    pixels = None if batch.canvas is None else model.pixels(batch, to_canvas(batch.canvas))
     steps = batch.target_token.shape[1]
 
     def step(number: Array, tokens: Array) -> Array:
@@ -39,7 +39,8 @@ def greedy_answer(
     slots = (family.image_tokens(picture.canvas),)
     prompt = family.encode(question, None, slots).tokens
     chain = Branch((0,) * most, (1.0,) * most)
-    shape = Shape(1, -(-len(prompt) // 16) * 16, 1, most - 1, most, 1, 1, picture.canvas.shape[:2])
+    cell = picture.cell or picture.canvas.shape[:2]
+    shape = Shape(1, -(-len(prompt) // 16) * 16, 1, most - 1, most, 1, 1, cell, picture.cells)
     packer = Packer(shape)
     packer.add(Sample(prompt, (picture,), ((chain,),)))
     tokens = np.asarray(_continue_greedily(*nnx.split(model), packer.batch)).tolist()

@@ -22,7 +22,7 @@ ORDER = (
     ("losses",),
     ("train",),
     ("rollout", "rewards", "calibration"),
-    ("evaluate", "report", "plan", "results"),
+    ("evaluate", "report", "plan", "results", "parity"),
     ("ask", "demo"),
     ("cli", "__main__"),
 )

@@ -20,16 +20,34 @@ from csp_jax.errors import UserError
 
 UNUSED, PLAIN, CHOSEN, REJECTED = 0, 1, 2, 3  # roles of responses; a rejected one follows its chosen one
 SLOT_NAMES = 6  # words that may name a picture slot
+CELL_STRIDE = 0x9E3779B1  # between the noise identities of a picture's cells; odd, so that no two are alike
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A canvas, the region under noise, the confidence that says how much, and the noise's identity."""
+    """A canvas, the region under noise, the confidence that says how much, and the noise's identity.
+
+    `cell`: the size of the blocks that the canvas is cut into, in reading order (None: it is one block);
+    `overview`: one more block, a view of the whole picture that follows them (see `families.interface`).
+    """
 
     canvas: UInt8[np.ndarray, "rows columns 3"]
     mask: Bool[np.ndarray, "rows columns"]
     confidence: float = 100.0
     noise_id: int = 0
+    cell: tuple[int, int] | None = None
+    overview: UInt8[np.ndarray, "cell_rows cell_columns 3"] | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of blocks."""
+        height, width = self.cell or self.canvas.shape[:2]
+        return self.canvas.shape[0] // height, self.canvas.shape[1] // width
+
+    @property
+    def cells(self) -> int:
+        """Blocks, the overview included."""
+        return self.grid[0] * self.grid[1] + (self.overview is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +84,8 @@ class Shape:
     targets: int  # scored tokens of a group
     responses: int  # of a row
     pictures: int  # of a row
-    canvas: tuple[int, int] | None
+    canvas: tuple[int, int] | None  # of one cell: a whole canvas, a tile or a patch, as the family has it
+    cells: int = 0  # canvas cells of a row, all pictures together; 0: one a picture
 
 
 @dataclasses.dataclass
@@ -83,11 +102,12 @@ class Batch:
     target_weight: Any  # Float[rows groups*targets]
     target_response: Any  # Int[rows groups*targets]
     role: Any  # Int[rows responses]
-    canvas: Any  # UInt8[rows pictures height width 3], or None
-    mask: Any  # Bool[rows pictures height width], or None
-    confidence: Any  # Float[rows pictures] percent
-    noise_id: Any  # UInt32[rows pictures]
+    canvas: Any  # UInt8[rows cells height width 3], or None
+    mask: Any  # Bool[rows cells height width], or None
+    confidence: Any  # Float[rows cells] percent
+    noise_id: Any  # UInt32[rows cells]
     groups: int
+    grid: Any = None  # Int[rows pictures 2], rows and columns of each picture's cells; 0 is padding
 
     ARRAYS: ClassVar[tuple[str, ...]] = (
         "prompt_tokens",
@@ -104,6 +124,7 @@ class Batch:
         "mask",
         "confidence",
         "noise_id",
+        "grid",
     )
     STATIC: ClassVar[tuple[str, ...]] = ("groups",)
 
@@ -149,6 +170,13 @@ class Place:
     response: int
 
 
+def cut(canvas: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """[height, width, ...] -> [cells, cell height, cell width, ...] in reading order."""
+    (rows, columns), (height, width, *rest) = grid, canvas.shape
+    blocks = canvas.reshape(rows, height // rows, columns, width // columns, *rest)
+    return blocks.swapaxes(1, 2).reshape(rows * columns, height // rows, width // columns, *rest)
+
+
 class BatchOverflow(UserError):
     """A sample that does not fit the shape at all."""
 
@@ -160,9 +188,9 @@ def empty_batch(shape: Shape) -> Batch:
         return np.zeros((shape.rows, *sizes), dtype)
 
     fed, scored = shape.groups * shape.length, shape.groups * shape.targets
-    pictures = shape.pictures if shape.canvas else 0
-    canvas = zeros(pictures, *shape.canvas, 3, dtype=np.uint8) if shape.canvas else None
-    mask = zeros(pictures, *shape.canvas, dtype=bool) if shape.canvas else None
+    cells = (shape.cells or shape.pictures) if shape.canvas else 0
+    canvas = zeros(cells, *shape.canvas, 3, dtype=np.uint8) if shape.canvas else None
+    mask = zeros(cells, *shape.canvas, dtype=bool) if shape.canvas else None
     return Batch(
         prompt_tokens=zeros(shape.prompt),
         prompt_segment=zeros(shape.prompt),
@@ -176,9 +204,10 @@ def empty_batch(shape: Shape) -> Batch:
         role=zeros(shape.responses),
         canvas=canvas,
         mask=mask,
-        confidence=np.full((shape.rows, pictures), 100.0, np.float32),
-        noise_id=zeros(pictures, dtype=np.uint32),
+        confidence=np.full((shape.rows, cells), 100.0, np.float32),
+        noise_id=zeros(cells, dtype=np.uint32),
         groups=shape.groups,
+        grid=zeros(shape.pictures if shape.canvas else 0, 2),
     )
 
 
@@ -188,16 +217,18 @@ class Packer:
     def __init__(self, shape: Shape):
         self.shape = shape
         self.batch = empty_batch(shape)
-        self._used = np.zeros((shape.rows, 5), int)  # prompt, groups, responses, pictures, samples
-        self._limits = np.array([shape.prompt, shape.groups, shape.responses, shape.pictures, 1 << 30])
+        self._used = np.zeros((shape.rows, 6), int)  # prompt, groups, responses, pictures, cells, samples
+        cells = shape.cells or shape.pictures
+        self._limits = np.array([shape.prompt, shape.groups, shape.responses, shape.pictures, cells, 1 << 30])
 
     def add(self, sample: Sample, *, share_rows: bool = True) -> Place | None:
         """Put a sample where it fits; None if this batch has no room left."""
         trees = [group if isinstance(group, Tree) else merge_branches(group) for group in sample.groups]
-        need = np.array([len(sample.prompt), len(trees), self._responses(sample), len(sample.pictures), 1])
+        cells = sum(picture.cells for picture in sample.pictures)
+        need = np.array([len(sample.prompt), len(trees), self._responses(sample), len(sample.pictures), cells, 1])
         self._refuse_what_never_fits(sample, trees, need)
         for row in range(self.shape.rows):
-            free = share_rows or self._used[row, 4] == 0
+            free = share_rows or self._used[row, -1] == 0
             if free and np.all(self._used[row] + need <= self._limits):
                 place = Place(row, int(self._used[row, 1]), int(self._used[row, 2]))
                 self._write(sample, trees, row)
@@ -214,7 +245,7 @@ class Packer:
         longest = max((len(tree.tokens) for tree in trees), default=0)
         most = max((len(tree.targets) for tree in trees), default=0)
         for name, has, limit in (
-            *zip(("prompt", "groups", "responses", "pictures"), need, self._limits),
+            *zip(("prompt", "groups", "responses", "pictures", "cells"), need, self._limits),
             ("length", longest, shape.length),
             ("targets", most, shape.targets),
         ):
@@ -222,17 +253,21 @@ class Packer:
                 raise BatchOverflow(
                     f"a sample needs {has}", field=f"shape.{name}", value=int(limit), mend=f"Set it to {has} or more"
                 )
+        for picture in sample.pictures:
+            cell = picture.cell or picture.canvas.shape[:2]
+            if cell != shape.canvas:
+                raise BatchOverflow(f"a picture has {cell}", field="shape.canvas", value=shape.canvas)
 
     def _write(self, sample: Sample, trees: list[Tree], row: int) -> None:
         batch = self.batch
-        start, group, response, picture, count = (int(x) for x in self._used[row])
+        start, group, response, picture, cell, count = (int(x) for x in self._used[row])
         end = start + len(sample.prompt)
         batch.prompt_tokens[row, start:end] = sample.prompt
         batch.prompt_segment[row, start:end] = count + 1
         for offset, item in enumerate(sample.pictures):
-            at = (row, picture + offset)
-            batch.canvas[at], batch.mask[at] = item.canvas, item.mask
-            batch.confidence[at], batch.noise_id[at] = item.confidence, item.noise_id
+            batch.grid[row, picture + offset] = item.grid
+            self._write_picture(row, cell, item)
+            cell += item.cells
         for branches, tree in zip(sample.groups, trees, strict=True):
             self._write_tree(row, group, response, end - 1, tree)
             roles = _roles(branches)
@@ -240,6 +275,17 @@ class Packer:
             group, response = group + 1, response + len(roles)
         for index, tokens in sample.slot_names:
             batch.slot_name[row, start + index, : len(tokens)] = tokens
+
+    def _write_picture(self, row: int, first: int, picture: Picture) -> None:
+        """A canvas cell by cell; the first cell's noise bears the picture's identity, the others' derive from it."""
+        batch = self.batch
+        rows, columns = picture.grid
+        at = (row, slice(first, first + rows * columns))
+        batch.canvas[at], batch.mask[at] = cut(picture.canvas, picture.grid), cut(picture.mask, picture.grid)
+        batch.confidence[at] = picture.confidence
+        batch.noise_id[at] = (picture.noise_id + CELL_STRIDE * np.arange(rows * columns)) % (1 << 32)
+        if picture.overview is not None:
+            batch.canvas[row, first + rows * columns] = picture.overview
 
     def _write_tree(self, row: int, group: int, response: int, root: int, tree: Tree) -> None:
         batch, shape = self.batch, self.shape

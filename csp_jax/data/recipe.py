@@ -35,6 +35,7 @@ from csp_jax.data.batch import (
     merge_branches,
     split_prefix,
 )
+from csp_jax.data.pictures import check_slots, show
 from csp_jax.errors import UserError
 from csp_jax.families.interface import HostFamily, open_image
 from csp_jax.families.registry import open_family
@@ -140,15 +141,21 @@ class Recipe:
         confidence: float,
     ) -> Picture:
         """The picture with a region to bury."""
-        canvas = self.family.canvas(image)
-        if region is not None:
-            mask = self.family.canvas_mask(region)
-        else:
-            mask = np.full(canvas.shape[:2], self.config.region == "global" and confidence < 100)
-        return Picture(canvas, mask, confidence, noise_identity(record.id))
+        buried = region if region is not None else self.config.region == "global" and confidence < 100
+        return show(self.family, image, buried, confidence, noise_identity(record.id))
+
+    def one_regime(self, bundles: list[Bundle], counts: Counter) -> list[Bundle]:
+        """The bundles of the commonest rotary regime (see `HostFamily.regime`); the others are counted and left out."""
+        regimes = [self.family.regime(max(len(b.tokens) for b in bundle), train=True) for bundle in bundles]
+        if len(set(regimes)) < 2:
+            return bundles
+        ((common, kept),) = Counter(regimes).most_common(1)
+        counts["bundles_of_another_regime"] += len(bundles) - kept
+        return [bundle for bundle, regime in zip(bundles, regimes) if regime == common]
 
     def sample(self, picture: Picture, bundles: list[Bundle], counts: Counter) -> Drawn:
         """Bundles of full sequences -> a sample whose prompt is what all of them share."""
+        bundles = self.one_regime(bundles, counts)
         sequences = [branch.tokens for bundle in bundles for branch in bundle]
         if not sequences:
             return Drawn(None, counts)
@@ -163,7 +170,7 @@ class Recipe:
         groups, left = group_bundles(stripped, shape.groups, shape.length, shape.targets)
         if left:
             counts["bundles_left_over"] += left
-        return Drawn(Sample(sequences[0][:shared], (picture,), tuple(groups)), counts)
+        return Drawn(check_slots(self.family, Sample(sequences[0][:shared], (picture,), tuple(groups))), counts)
 
     def label_bundle(self, asker: Asker, question: str, response: str, percent: int, counts: Counter) -> Bundle | None:
         """SFT: the label. SimPO: the label against its mirror; 50% has none and is dropped."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,29 +9,22 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from csp_jax.errors import UserError
-from csp_jax.families.interface import IMAGE_MARK, HostFamily, open_tokenizer
+from csp_jax.families.interface import IMAGE_MARK, HostFamily
 
 
 class LlavaHost(HostFamily):
     """Canvas, prompt and token counts of a LLaVA checkpoint folder."""
 
+    image_field = "image_token_index"
     end_of_answer = "</s>"
+    before_answer = " "
 
     def __init__(self, directory: Path):
-        config = json.loads((directory / "config.json").read_text())
-        self.tokenizer = open_tokenizer(directory)
-        self.image_token = config.get("image_token_index", 32000)
-        mark = self.tokenizer.token_to_id(IMAGE_MARK)
-        if mark != self.image_token:
-            raise UserError(
-                f"the tokenizer writes {IMAGE_MARK} as {mark}",
-                file=directory / "config.json",
-                field="image_token_index",
-                value=self.image_token,
-                mend="config.json and tokenizer.json must be of one checkpoint",
-            )
-        vision = config["vision_config"]
+        super().__init__(directory)
+        self.image_token = self.config.get("image_token_index", self.config.get("image_token_id", 32000))
+        vision = self.config["vision_config"]
         self.size = vision["image_size"]
+        self.cell = (self.size, self.size)
         self.slots = (self.size // vision["patch_size"]) ** 2
 
     def canvas(self, image: Image.Image) -> UInt8[np.ndarray, "rows columns 3"]:

@@ -53,15 +53,19 @@ def head_log_probs(
 def score(
     model: VisionLanguageModel,
     batch: Batch,
-    pixels: Float[Array, "batch pictures height width 3"] | None,
+    pixels: Float[Array, "batch cells height width 3"] | None,
     *,
     dtype: jnp.dtype = jnp.float32,
+    train: bool = False,
     remat: Callable | None = None,
     chunk: int = 1024,
 ) -> Scores:
-    """The one model call: log-probabilities of all targets of a batch (one prompt and its branches)."""
+    """The one model call: log-probabilities of all targets of a batch (one prompt and its branches).
+
+    `pixels` are those of `model.pixels`; `train` chooses what a family does in training only.
+    """
     prompt = model.embed_prompt(batch, pixels, dtype=dtype, remat=remat)
-    return score_prompt(model, batch, prompt, remat=remat, chunk=chunk)
+    return score_prompt(model, batch, prompt, train=train, remat=remat, chunk=chunk)
 
 
 def score_prompt(
@@ -69,11 +73,12 @@ def score_prompt(
     batch: Batch,
     prompt: Float[Array, "batch prompt width"],
     *,
+    train: bool = False,
     remat: Callable | None = None,
     chunk: int = 1024,
 ) -> Scores:
     """`score` from prompt embeddings that are there already."""
-    hidden = model.hidden_states(batch, prompt, remat=remat)
+    hidden = model.hidden_states(batch, prompt, train=train, remat=remat)
     return head_log_probs(hidden, model.decoder.head_kernel(), batch.target_token, chunk=chunk)
 
 

@@ -119,19 +119,24 @@ def attend_tree(
     return (out / jnp.where(total > 0, total, 1.0).astype(out.dtype)).reshape(q.shape)
 
 
+def rope_frequencies(head_dim: int, theta: float | Float[Array, "..."]) -> Float[Array, "... half"]:
+    """Rotations per position of each pair of channels; `theta` may differ from token to token."""
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    return jnp.asarray(theta, jnp.float32)[..., None] ** -exponent
+
+
 def rope_tables(
-    positions: Int[Array, "batch tokens"], head_dim: int, theta: float
+    positions: Int[Array, "batch tokens"], head_dim: int, theta: float | Float[Array, "batch tokens"]
 ) -> tuple[Float[Array, "batch tokens half"], Float[Array, "batch tokens half"]]:
     """Cosines and sines of rotary positions, float32."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None].astype(jnp.float32) * frequency
+    angle = positions[..., None].astype(jnp.float32) * rope_frequencies(head_dim, theta)
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(
-    x: Float[Array, "batch tokens heads dim"], tables: tuple[Float[Array, "batch tokens half"], ...]
+    x: Float[Array, "batch tokens heads dim"], tables: tuple[Array, ...]
 ) -> Float[Array, "batch tokens heads dim"]:
-    """Rotary embedding of the half-split kind (Llama)."""
-    cos, sin = (table[..., None, :] for table in tables)
+    """Rotary embedding of the half-split kind (Llama); `tables` begin with cosines and sines [batch, tokens, half]."""
+    cos, sin = (table[..., None, :] for table in tables[:2])
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

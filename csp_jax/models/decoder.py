@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from csp_jax.models.attention import Layout, attend, attend_tree, rotate
 from csp_jax.models.blocks import Embedding, GatedMlp, Linear, RMSNorm, scan_layers, stack_layers
+from csp_jax.models.checkpoint_map import SAME, Tensor, linear
 
-Tables = tuple[Array, Array]
+Tables = tuple[Array, ...]  # rotary cosines and sines; as a third, where the family has it, the queries' scale
 INIT_SCALE = 0.02
 
 
@@ -78,7 +79,8 @@ class Attention(nnx.Module):
 
     def queries(self, x: Float[Array, "batch tokens width"], tables: Tables) -> Array:
         """Rotated queries [batch, tokens, heads, dim]."""
-        return rotate(self._heads(self.query(x)), tables)
+        q = rotate(self._heads(self.query(x)), tables)
+        return q * tables[2][..., None, :].astype(q.dtype) if len(tables) > 2 else q
 
     def keys_values(self, x: Float[Array, "batch tokens width"], tables: Tables) -> tuple[Array, Array]:
         """Rotated keys and values [batch, tokens, kv_heads, dim]."""
@@ -107,8 +109,7 @@ def _split_groups(x: Array, groups: int) -> Array:
 
 
 def _concat_tables(tables: tuple[Tables, Tables]) -> Tables:
-    (prompt_cos, prompt_sin), (branch_cos, branch_sin) = tables
-    return jnp.concatenate([prompt_cos, branch_cos], 1), jnp.concatenate([prompt_sin, branch_sin], 1)
+    return tuple(jnp.concatenate([prompt, branch], 1) for prompt, branch in zip(*tables, strict=True))
 
 
 class Decoder(nnx.Module):
@@ -196,7 +197,7 @@ class Decoder(nnx.Module):
         normed = layer.attention_norm(hidden)
         k, v = layer.attention.keys_values(normed, tables)
         at = target_parent[..., None]
-        query_tables = (jnp.take_along_axis(tables[0], at, 1), jnp.take_along_axis(tables[1], at, 1))
+        query_tables = tuple(jnp.take_along_axis(table, at, 1) for table in tables)
         q = layer.attention.queries(jnp.take_along_axis(normed, at, 1), query_tables)
         prompt_mask, branch_mask = target_masks(layout, target_parent)
         out = attend_tree(
@@ -236,3 +237,20 @@ def target_masks(layout: Layout, target_parent: Int[Array, "batch targets"]) -> 
 def cast_floating(tree: nnx.State, dtype: jnp.dtype) -> nnx.State:
     """Every floating leaf in `dtype`."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+LLAMA_LAYER = [
+    Tensor("attention_norm.scale", ("input_layernorm.weight",), SAME),
+    *linear("attention.query", "self_attn.q_proj", bias=False),
+    *linear("attention.key", "self_attn.k_proj", bias=False),
+    *linear("attention.value", "self_attn.v_proj", bias=False),
+    *linear("attention.out", "self_attn.o_proj", bias=False),
+    Tensor("mlp_norm.scale", ("post_attention_layernorm.weight",), SAME),
+    *linear("mlp.gate", "mlp.gate_proj", bias=False),
+    *linear("mlp.up", "mlp.up_proj", bias=False),
+    *linear("mlp.down", "mlp.down_proj", bias=False),
+]
+QKV_BIAS = [  # where a Llama-shaped decoder has them
+    Tensor(f"attention.{ours}.bias", (f"self_attn.{theirs}_proj.bias",), SAME)
+    for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"))
+]

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float, Int
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int
 
 from csp_jax.data.batch import Batch
 from csp_jax.models.attention import Layout, tree_layout
-from csp_jax.models.decoder import Decoder
-from csp_jax.models.hub import Tensor
+from csp_jax.models.checkpoint_map import Tensor
+from csp_jax.models.decoder import Decoder, Tables
 
 jax.tree_util.register_dataclass(Batch, data_fields=Batch.ARRAYS, meta_fields=Batch.STATIC)
+
+
+@struct.dataclass
+class Places:
+    """Positions of prompt and branch tokens, and the length of the sequence that each is part of.
+
+    Positions have a last axis of 3 in families that place pictures in time, rows and columns. The lengths matter
+    only to families whose rotary frequencies depend on them (`length_dependent`); None elsewhere.
+    """
+
+    prompt: Int[Array, "batch prompt *axes"]
+    branch: Int[Array, "batch branch"]
+    prompt_length: Int[Array, "batch prompt"] | None = None
+    branch_length: Int[Array, "batch branch"] | None = None
 
 
 class VisionLanguageModel(nnx.Module, abc.ABC):
@@ -27,61 +42,146 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
     decoder: Decoder
     image_token: int
     unused: ClassVar[tuple[str, ...]] = ()  # parameter paths that the computation never reads
+    aliases: ClassVar[tuple[tuple[re.Pattern[str], str], ...]] = ()  # other writers' names of the hub's tensors
+    counts_padding: ClassVar[bool] = False  # the original's positions count padding on the left, too
+    length_dependent: ClassVar[bool] = False
+    # While tokens are generated, the length that counts for each is that of the sequence when it was fed; True: for all
+    # of them that of the prompt.
+    length_of_prompt: ClassVar[bool] = False
+    repeated: tuple[str, ...] = ()  # keys of `duplicates` that the checkpoint had
 
     @staticmethod
     @abc.abstractmethod
     def tensors(config: Any) -> list[Tensor]:
         """Every tensor of the hub layout and the leaf that it fills."""
 
+    @staticmethod
+    def duplicates(config: Any) -> dict[str, str]:
+        """Hub keys that a checkpoint may have besides, and the keys whose tensors they repeat."""
+        return {}
+
     @abc.abstractmethod
     def normalize(self, canvas: Float[Array, "... height width 3"]) -> Float[Array, "... height width 3"]:
         """Canvas in [-1, 1] -> the pixel values that the vision tower was trained on."""
 
+    def pixels(
+        self, batch: Batch, canvas: Float[Array, "batch cells height width 3"]
+    ) -> Float[Array, "batch cells height width 3"]:
+        """Pixel values of every view from a batch's canvas in [-1, 1], clean or noised."""
+        return self.normalize(canvas)
+
     @abc.abstractmethod
     def encode_images(
-        self, pixels: Float[Array, "batch images height width 3"], remat: Callable | None = None
+        self,
+        pixels: Float[Array, "batch cells height width 3"],
+        grid: Int[Array, "batch pictures 2"] | None = None,
+        remat: Callable | None = None,
     ) -> Float[Array, "batch features width"]:
-        """Features of all images of a row, in the order in which they fill the row's image slots."""
+        """Features of all images of a row; `grid` holds rows and columns of each picture's cells."""
+
+    def feature_index(
+        self, slot: Int[Array, "batch prompt"], grid: Int[Array, "batch pictures 2"] | None
+    ) -> Int[Array, "batch prompt"]:
+        """Which of `encode_images`' features fills the row's image slot of this number."""
+        return slot
 
     @abc.abstractmethod
-    def rope(self, positions: Int[Array, "batch tokens"]) -> tuple[Array, Array]:
-        """Rotary cosines and sines of positions."""
+    def rope(
+        self, positions: Int[Array, "batch tokens"], lengths: Array | None = None, *, train: bool = False
+    ) -> Tables:
+        """Rotary cosines and sines of positions; `lengths` are those of the tokens' sequences (see `Places`)."""
 
     def hidden_states(
-        self, batch: Batch, prompt: Float[Array, "batch prompt width"], *, remat: Callable | None = None
+        self,
+        batch: Batch,
+        prompt: Float[Array, "batch prompt width"],
+        *,
+        places: Places | None = None,
+        train: bool = False,
+        remat: Callable | None = None,
     ) -> Float[Array, "batch targets width"]:
-        """Normed hidden states from which each target is predicted; `prompt` comes from `embed_prompt`."""
+        """Normed hidden states from which each target is predicted; `prompt` comes from `embed_prompt`.
+
+        `places` are the batch's own unless given; `train` chooses what a family does in training only.
+        """
         layout = tree_layout(batch.prompt_segment, batch.parent, batch.groups)
         branch = self.decoder.embed(batch.tokens).astype(prompt.dtype)
-        tables = self.rope_tables(batch, layout)
+        tables = self.rope_tables(batch, layout, places, train=train)
         return self.decoder(prompt, branch, layout, tables, batch.target_parent, remat)
 
     def embed_prompt(
         self,
         batch: Batch,
-        pixels: Float[Array, "batch pictures height width 3"] | None,
+        pixels: Float[Array, "batch cells height width 3"] | None,
         *,
         dtype: jnp.dtype = jnp.float32,
         remat: Callable | None = None,
     ) -> Float[Array, "batch prompt width"]:
         """Prompt embeddings with the image slots filled; `dtype` is that of the whole computation."""
-        prompt = self.decoder.embed(batch.prompt_tokens).astype(dtype)
+        slot = self.slots(batch)
+        prompt = self.decoder.embed(jnp.where(slot, 0, batch.prompt_tokens)).astype(dtype)
         if pixels is None:
             return prompt
-        features = self.encode_images(pixels.astype(dtype), remat).astype(dtype)
-        slot = batch.prompt_tokens == self.image_token
-        index = jnp.clip(jnp.cumsum(slot, axis=1) - 1, 0, features.shape[1] - 1)
+        features = self.encode_images(pixels.astype(dtype), batch.grid, remat).astype(dtype)
+        index = self.feature_index(jnp.maximum(jnp.cumsum(slot, axis=1) - 1, 0), batch.grid)
+        index = jnp.clip(index, 0, features.shape[1] - 1)
         return jnp.where(slot[..., None], jnp.take_along_axis(features, index[..., None], axis=1), prompt)
 
-    def rope_tables(self, batch: Batch, layout: Layout) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        """Rotary tables of prompt and branch tokens; positions restart in each segment."""
+    def slots(self, batch: Batch) -> Bool[Array, "batch prompt"]:
+        """Which prompt tokens are filled by image features."""
+        return (batch.prompt_tokens == self.image_token) & (batch.prompt_segment > 0)
+
+    def positions(self, batch: Batch) -> tuple[Int[Array, "batch prompt *axes"], Int[Array, "batch prompt"]]:
+        """Position of each prompt token within its segment, and the position of what follows it."""
         positions = segment_positions(batch.prompt_segment)
-        branch = jnp.take_along_axis(positions, layout.root, axis=1) + layout.depth
-        return self.rope(positions), self.rope(branch)
+        return positions, positions + 1
+
+    def rope_tables(
+        self, batch: Batch, layout: Layout, places: Places | None = None, *, train: bool = False
+    ) -> tuple[Tables, Tables]:
+        """Rotary tables of prompt and branch tokens; positions restart in each segment."""
+        if places is None:
+            prompt, following = self.positions(batch)
+            branch = jnp.take_along_axis(following, layout.root, axis=1) + layout.depth - 1
+            lengths = sequence_lengths(batch, layout, following, branch) if self.length_dependent else (None, None)
+            places = Places(prompt, branch, *lengths)
+        return (
+            self.rope(places.prompt, places.prompt_length, train=train),
+            self.rope(places.branch, places.branch_length, train=train),
+        )
 
 
 def segment_positions(segment: Int[Array, "batch prompt"]) -> Int[Array, "batch prompt"]:
     """Position of each prompt token within its segment (padding counts from its own start)."""
     index = jnp.broadcast_to(jnp.arange(segment.shape[1]), segment.shape)
+    return index - segment_starts(segment)
+
+
+def segment_starts(segment: Int[Array, "batch prompt"]) -> Int[Array, "batch prompt"]:
+    """Index at which each prompt token's segment begins."""
+    index = jnp.broadcast_to(jnp.arange(segment.shape[1]), segment.shape)
     starts = jnp.concatenate([jnp.ones_like(segment[:, :1], bool), segment[:, 1:] != segment[:, :-1]], axis=1)
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def sequence_lengths(
+    batch: Batch, layout: Layout, following: Int[Array, "batch prompt"], branch: Int[Array, "batch branch"]
+) -> tuple[Int[Array, "batch prompt"], Int[Array, "batch branch"]]:
+    """Per prompt and branch token the length of its item: of its prompt and its longest scored branch.
+
+    One length for all that hangs from a prompt, because they share its keys. `following` and `branch` are positions.
+    """
+    size = following.shape[1]
+    after = jnp.concatenate([following, branch + 1], axis=1)  # the position of a token that follows each
+    root = jnp.concatenate([jnp.broadcast_to(jnp.arange(size), following.shape), layout.root], axis=1)
+    ends = jnp.take_along_axis(after, batch.target_parent, axis=1) + 1
+    ends = jnp.where(batch.target_weight != 0, ends, 0)
+    target_root = jnp.take_along_axis(root, batch.target_parent, axis=1)
+
+    def longest(segment: Array, following: Array, target_root: Array, ends: Array) -> Array:
+        own = jax.ops.segment_max(following, segment, num_segments=size + 1)
+        scored = jax.ops.segment_max(ends, segment[target_root], num_segments=size + 1)
+        return jnp.maximum(own, scored)[segment]
+
+    lengths = jax.vmap(longest)(batch.prompt_segment, following, target_root, ends)
+    return lengths, jnp.take_along_axis(lengths, layout.root, axis=1)

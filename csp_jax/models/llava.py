@@ -7,6 +7,7 @@ linear, exact GELU, linear.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from csp_jax.models.attention import rope_tables
 from csp_jax.models.blocks import ACTIVATIONS, Mlp
-from csp_jax.models.decoder import Decoder, DecoderConfig
-from csp_jax.models.hub import CONV, SAME, TRANSPOSE, HubConfig, Tensor, layer_tensors
+from csp_jax.models.checkpoint_map import SAME, Tensor, layer_tensors, linear
+from csp_jax.models.decoder import LLAMA_LAYER, Decoder, DecoderConfig, Tables
+from csp_jax.models.hub import HubConfig
 from csp_jax.models.interface import VisionLanguageModel
-from csp_jax.models.vision import ClipConfig, ClipVision
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+from csp_jax.models.vision import CLIP_MEAN, CLIP_STD, ClipConfig, ClipVision, clip_tensors, standardize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +88,12 @@ class Llava(VisionLanguageModel):
 
     config_class = LlavaConfig
     unused = ("vision.unused_layers", "vision.unused_norm")
+    aliases = (  # transformers has written these checkpoints in three ways
+        (re.compile(r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)"), ""),
+        (re.compile(r"^language_model\.(?!model\.|lm_head)"), "language_model.model."),
+        (re.compile(r"^lm_head\."), "language_model.lm_head."),
+        (re.compile(r"^vision_tower\.(?!vision_model\.)"), "vision_tower.vision_model."),
+    )
 
     def __init__(self, config: LlavaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -106,78 +111,39 @@ class Llava(VisionLanguageModel):
         self.decoder = Decoder(config.text, dtype, rngs)
 
     def normalize(self, canvas: Float[Array, "... height width 3"]) -> Float[Array, "... height width 3"]:
-        mean, std = jnp.asarray(CLIP_MEAN, canvas.dtype), jnp.asarray(CLIP_STD, canvas.dtype)
-        return ((canvas + 1) / 2 - mean) / std
+        return standardize(canvas, CLIP_MEAN, CLIP_STD)
 
     def encode_images(
-        self, pixels: Float[Array, "batch images height width 3"], remat: Callable | None = None
+        self,
+        pixels: Float[Array, "batch pictures height width 3"],
+        grid: Int[Array, "batch pictures 2"] | None = None,
+        remat: Callable | None = None,
     ) -> Float[Array, "batch features width"]:
         batch, images = pixels.shape[:2]
         features = self.projector(self.vision(pixels.reshape(-1, *pixels.shape[2:]), remat))
         return features.reshape(batch, images * features.shape[1], -1)
 
-    def rope(self, positions: Int[Array, "batch tokens"]) -> tuple[Array, Array]:
+    def rope(
+        self, positions: Int[Array, "batch tokens"], lengths: Array | None = None, *, train: bool = False
+    ) -> Tables:
         return rope_tables(positions, self.config.text.head_dim, self.config.text.rope_theta)
+
+    @staticmethod
+    def duplicates(config: LlavaConfig) -> dict[str, str]:
+        tied = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
+        return tied if config.text.tie_word_embeddings else {}
 
     @staticmethod
     def tensors(config: LlavaConfig) -> list[Tensor]:
         """Every tensor of the hub layout and the leaf that it fills."""
-        vision, text = config.vision, config.text
-        tower = "vision_tower.vision_model"
-        used = vision.used_layers
-        fixed = [
-            Tensor("vision.patch.kernel", (f"{tower}.embeddings.patch_embedding.weight",), CONV),
-            Tensor("vision.class_token", (f"{tower}.embeddings.class_embedding",), SAME),
-            Tensor("vision.position", (f"{tower}.embeddings.position_embedding.weight",), SAME),
-            *_norm("vision.pre_norm", f"{tower}.pre_layrnorm"),
-            *_norm("vision.unused_norm", f"{tower}.post_layernorm"),
-            *_linear("projector.up", "multi_modal_projector.linear_1"),
-            *_linear("projector.down", "multi_modal_projector.linear_2"),
+        text, layer = config.text, "language_model.model.layers.{n}"
+        return [
+            *clip_tensors(config.vision, "vision", "vision_tower.vision_model"),
+            *linear("projector.up", "multi_modal_projector.linear_1"),
+            *linear("projector.down", "multi_modal_projector.linear_2"),
             Tensor("decoder.embed.embedding", ("language_model.model.embed_tokens.weight",), SAME),
-            Tensor("decoder.norm.scale", ("language_model.model.norm.weight",), SAME),
-        ]
-        if not text.tie_word_embeddings:
-            fixed.append(Tensor("decoder.head.kernel", ("language_model.lm_head.weight",), TRANSPOSE))
-        layer = "language_model.model.layers.{n}"
-        clip = f"{tower}.encoder.layers.{{n}}"
-        stacks = [
-            *layer_tensors("vision.layers", clip, CLIP_LAYER, range(used)),
-            *layer_tensors("vision.unused_layers", clip, CLIP_LAYER, range(used, vision.num_layers)),
             *layer_tensors("decoder.layers", layer, LLAMA_LAYER, range(text.num_layers - 1)),
             *layer_tensors("decoder.last", layer, LLAMA_LAYER, text.num_layers - 1),
+            Tensor("decoder.norm.scale", ("language_model.model.norm.weight",), SAME),
+            *([] if text.tie_word_embeddings else linear("decoder.head", "language_model.lm_head", bias=False)),
         ]
-        return fixed + stacks
-
-
-def _norm(path: str, key: str) -> list[Tensor]:
-    return [Tensor(f"{path}.scale", (f"{key}.weight",), SAME), Tensor(f"{path}.bias", (f"{key}.bias",), SAME)]
-
-
-def _linear(path: str, key: str) -> list[Tensor]:
-    return [
-        Tensor(f"{path}.kernel", (f"{key}.weight",), TRANSPOSE),
-        Tensor(f"{path}.bias", (f"{key}.bias",), SAME),
-    ]
-
-
-CLIP_LAYER = [
-    *_norm("attention_norm", "layer_norm1"),
-    *_linear("attention.query", "self_attn.q_proj"),
-    *_linear("attention.key", "self_attn.k_proj"),
-    *_linear("attention.value", "self_attn.v_proj"),
-    *_linear("attention.out", "self_attn.out_proj"),
-    *_norm("mlp_norm", "layer_norm2"),
-    *_linear("mlp.up", "mlp.fc1"),
-    *_linear("mlp.down", "mlp.fc2"),
-]
-LLAMA_LAYER = [
-    Tensor("attention_norm.scale", ("input_layernorm.weight",), SAME),
-    Tensor("attention.query.kernel", ("self_attn.q_proj.weight",), TRANSPOSE),
-    Tensor("attention.key.kernel", ("self_attn.k_proj.weight",), TRANSPOSE),
-    Tensor("attention.value.kernel", ("self_attn.v_proj.weight",), TRANSPOSE),
-    Tensor("attention.out.kernel", ("self_attn.o_proj.weight",), TRANSPOSE),
-    Tensor("mlp_norm.scale", ("post_attention_layernorm.weight",), SAME),
-    Tensor("mlp.gate.kernel", ("mlp.gate_proj.weight",), TRANSPOSE),
-    Tensor("mlp.up.kernel", ("mlp.up_proj.weight",), TRANSPOSE),
-    Tensor("mlp.down.kernel", ("mlp.down_proj.weight",), TRANSPOSE),
-]

@@ -1,16 +1,125 @@
-"""The CLIP vision transformer, run only as far as the features that are used."""
+"""Vision transformers: the layer that all towers share, and CLIP, run only as far as its features are used."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from csp_jax.models.attention import attend
-from csp_jax.models.blocks import LayerNorm, Linear, Mlp, scan_layers, stack_layers
+from csp_jax.models.attention import attend, rotate
+from csp_jax.models.blocks import LayerNorm, Linear, Mlp, RMSNorm, scan_layers, stack_layers
+from csp_jax.models.checkpoint_map import CONV, SAME, Tensor, layer_tensors, linear, norm
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionLayerConfig:
+    """Sizes and variants of a pre-norm transformer layer over patches."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    activation: str
+    norm_eps: float
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    attention_bias: bool = True  # of query, key and value
+    query_key_norm: bool = False
+    layer_scale: bool = False
+
+
+def vision_norm(config: VisionLayerConfig, dtype: jnp.dtype) -> LayerNorm | RMSNorm:
+    """The norm of a tower's width."""
+    kind = LayerNorm if config.norm == "layer_norm" else RMSNorm
+    return kind(config.hidden_size, epsilon=config.norm_eps, dtype=dtype)
+
+
+class VisionAttention(nnx.Module):
+    """Attention among the patches of an image, in both directions."""
+
+    def __init__(self, config: VisionLayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width = config.hidden_size
+
+        def project() -> Linear:
+            return Linear(width, width, bias=config.attention_bias, axes=("embed", "heads"), dtype=dtype, rngs=rngs)
+
+        self.query, self.key, self.value = project(), project(), project()
+        self.out = Linear(width, width, bias=True, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.query_norm = vision_norm(config, dtype) if config.query_key_norm else None
+        self.key_norm = vision_norm(config, dtype) if config.query_key_norm else None
+        self.heads = config.num_heads
+
+    def __call__(
+        self,
+        x: Float[Array, "images tokens width"],
+        mask: Bool[Array, "images tokens tokens"] | None,
+        tables: tuple[Array, ...] | None,
+    ) -> Float[Array, "images tokens width"]:
+        split = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = (part.reshape(split) for part in (q, k, v))
+        if tables is not None:
+            q, k = rotate(q, tables), rotate(k, tables)
+        return self.out(attend(q, k, v, mask).reshape(x.shape))
+
+
+class VisionLayer(nnx.Module):
+    """Pre-norm attention and MLP, each with a scale per channel where the family has it."""
+
+    def __init__(self, config: VisionLayerConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.attention_norm = vision_norm(config, dtype)
+        self.attention = VisionAttention(config, dtype, rngs)
+        self.mlp_norm = vision_norm(config, dtype)
+        self.mlp = Mlp(width, config.intermediate_size, width, activation=config.activation, dtype=dtype, rngs=rngs)
+
+        def scale() -> nnx.Param | None:
+            return nnx.Param(jnp.full((width,), 0.1, dtype), axes=("norm",)) if config.layer_scale else None
+
+        self.attention_scale, self.mlp_scale = scale(), scale()
+
+    def __call__(
+        self,
+        x: Float[Array, "images tokens width"],
+        mask: Bool[Array, "images tokens tokens"] | None = None,
+        tables: tuple[Array, ...] | None = None,
+    ) -> Float[Array, "images tokens width"]:
+        """`mask`: which patches see each other (None: all); `tables`: rotary cosines and sines."""
+        x = x + _scaled(self.attention(self.attention_norm(x), mask, tables), self.attention_scale)
+        return x + _scaled(self.mlp(self.mlp_norm(x)), self.mlp_scale)
+
+
+def _scaled(x: Array, scale: nnx.Param | None) -> Array:
+    return x if scale is None else x * scale[...].astype(x.dtype)
+
+
+def patchify(pixels: Float[Array, "images height width 3"], size: int) -> Float[Array, "images patches values"]:
+    """Non-overlapping patches in row-major order, each flattened as (row, column, channel)."""
+    images, height, width, channels = pixels.shape
+    grid = pixels.reshape(images, height // size, size, width // size, size, channels)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(images, -1, size * size * channels)
+
+
+def merge_squares(features: Float[Array, "images patches width"]) -> Float[Array, "images merged four_widths"]:
+    """Each 2 x 2 square of a square grid of patches as one feature: rows, then columns, then channels."""
+    images, patches, width = features.shape
+    side = round(patches**0.5)
+    grid = features.reshape(images, side // 2, 2, side // 2, 2, width)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(images, patches // 4, 4 * width)
+
+
+def standardize(
+    canvas: Float[Array, "... 3"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "... 3"]:
+    """Canvas in [-1, 1] -> pixel values with the given mean and standard deviation of [0, 1] colours taken out."""
+    return ((canvas + 1) / 2 - jnp.asarray(mean, canvas.dtype)) / jnp.asarray(std, canvas.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,44 +145,11 @@ class ClipConfig:
     def patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
-
-class ClipAttention(nnx.Module):
-    """Bidirectional attention with biases."""
-
-    def __init__(self, width: int, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        def project() -> Linear:
-            return Linear(width, width, bias=True, axes=("embed", "heads"), dtype=dtype, rngs=rngs)
-
-        self.query, self.key, self.value = project(), project(), project()
-        self.out = Linear(width, width, bias=True, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
-        self.heads = heads
-
-    def __call__(self, x: Float[Array, "images tokens width"]) -> Float[Array, "images tokens width"]:
-        split = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
-        q, k, v = (project(x).reshape(split) for project in (self.query, self.key, self.value))
-        return self.out(attend(q, k, v, None).reshape(x.shape))
-
-
-class ClipLayer(nnx.Module):
-    """Pre-norm attention and MLP."""
-
-    def __init__(self, config: ClipConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        width, eps = config.hidden_size, config.layer_norm_eps
-        self.attention_norm = LayerNorm(width, epsilon=eps, dtype=dtype)
-        self.attention = ClipAttention(width, config.num_heads, dtype, rngs)
-        self.mlp_norm = LayerNorm(width, epsilon=eps, dtype=dtype)
-        self.mlp = Mlp(width, config.intermediate_size, width, activation=config.activation, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "images tokens width"]) -> Float[Array, "images tokens width"]:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
-
-
-def patchify(pixels: Float[Array, "images height width 3"], size: int) -> Float[Array, "images patches values"]:
-    """Non-overlapping patches in row-major order, each flattened as (row, column, channel)."""
-    images, height, width, channels = pixels.shape
-    grid = pixels.reshape(images, height // size, size, width // size, size, channels)
-    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(images, -1, size * size * channels)
+    @property
+    def layer(self) -> VisionLayerConfig:
+        return VisionLayerConfig(
+            self.hidden_size, self.intermediate_size, self.num_heads, self.activation, self.layer_norm_eps
+        )
 
 
 def _positions(config: ClipConfig) -> Float[Array, "positions width"]:
@@ -89,15 +165,17 @@ class ClipVision(nnx.Module):
     """Patch embedding, class token, positions, layers; those past the feature layer are carried, not run."""
 
     def __init__(self, config: ClipConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        width = config.hidden_size
+        width, layer = config.hidden_size, config.layer
         self.config = config
         self.patch = Linear(3 * config.patch_size**2, width, axes=("patch", "embed"), dtype=dtype, rngs=rngs)
         self.class_token = nnx.Param(jnp.zeros((width,), dtype), axes=("norm",))
         self.position = nnx.Param(_positions(config).astype(dtype), axes=("position", "embed"))
         self.pre_norm = LayerNorm(width, epsilon=config.layer_norm_eps, dtype=dtype)
-        self.layers = stack_layers(lambda keys: ClipLayer(config, dtype, keys), config.used_layers, rngs)
+        self.layers = stack_layers(lambda keys: VisionLayer(layer, dtype, keys), config.used_layers, rngs)
         unused = config.num_layers - config.used_layers
-        self.unused_layers = stack_layers(lambda keys: ClipLayer(config, dtype, keys), unused, rngs) if unused else None
+        self.unused_layers = (
+            stack_layers(lambda keys: VisionLayer(layer, dtype, keys), unused, rngs) if unused else None
+        )
         self.unused_norm = LayerNorm(width, epsilon=config.layer_norm_eps, dtype=dtype)
 
     def __call__(
@@ -109,3 +187,29 @@ class ClipVision(nnx.Module):
         x = jnp.concatenate([token, x], axis=1) + self.position[...].astype(x.dtype)
         x = scan_layers(self.layers, self.pre_norm(x), lambda layer, x: layer(x), remat)
         return x[:, 1:]
+
+
+CLIP_LAYER = [
+    *norm("attention_norm", "layer_norm1"),
+    *linear("attention.query", "self_attn.q_proj"),
+    *linear("attention.key", "self_attn.k_proj"),
+    *linear("attention.value", "self_attn.v_proj"),
+    *linear("attention.out", "self_attn.out_proj"),
+    *norm("mlp_norm", "layer_norm2"),
+    *linear("mlp.up", "mlp.fc1"),
+    *linear("mlp.down", "mlp.fc2"),
+]
+
+
+def clip_tensors(config: ClipConfig, path: str, tower: str) -> list[Tensor]:
+    """The tensors of a CLIP tower whose hub names begin with `tower`."""
+    layer, used = f"{tower}.encoder.layers.{{n}}", config.used_layers
+    return [
+        Tensor(f"{path}.patch.kernel", (f"{tower}.embeddings.patch_embedding.weight",), CONV),
+        Tensor(f"{path}.class_token", (f"{tower}.embeddings.class_embedding",), SAME),
+        Tensor(f"{path}.position", (f"{tower}.embeddings.position_embedding.weight",), SAME),
+        *norm(f"{path}.pre_norm", f"{tower}.pre_layrnorm"),
+        *norm(f"{path}.unused_norm", f"{tower}.post_layernorm"),
+        *layer_tensors(f"{path}.layers", layer, CLIP_LAYER, range(used)),
+        *layer_tensors(f"{path}.unused_layers", layer, CLIP_LAYER, range(used, config.num_layers)),
+    ]

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from grain.checkpoint import CheckpointHandler, CheckpointRestore, CheckpointSave
 
 from csp_jax.errors import UserError, full_disk_named
+from csp_jax.models.hub import companions
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.registry import save_model
 
@@ -85,9 +86,8 @@ def export_model(directory: Path, model: VisionLanguageModel, source: Path, dtyp
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     with full_disk_named(temporary):
-        for file in sorted(source.iterdir()):
-            if file.is_file() and ".safetensors" not in file.name:
-                shutil.copy2(file, temporary / file.name)
+        for file in companions(source):
+            shutil.copy2(file, temporary / file.name)
         save_model(temporary, model, dtype)
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)

@@ -162,7 +162,7 @@ class Run:
         dtype = jnp.dtype(self.config.model.param_dtype)
         if self.config.model.random_init:
             return new_model(HubConfig.read(self.source_folder), self.config.seed, dtype)
-        return load_model(self.source_folder, dtype=dtype)
+        return load_model(self.source_folder, dtype=dtype, mesh=self.mesh)
 
     def dataset(self) -> Any:
         """The run's batches as a Grain data set."""
@@ -172,8 +172,17 @@ class Run:
             config.data.recipe, str(self.source_folder), read_prompts(config.prompts), objective
         )
         sizes = config.data.recipe.shape
-        side = self._canvas(recipe.family)
-        shape = Shape(self.rows, sizes.prompt, sizes.groups, sizes.length, sizes.targets, sizes.responses, 1, side)
+        shape = Shape(
+            rows=self.rows,
+            prompt=sizes.prompt,
+            groups=sizes.groups,
+            length=sizes.length,
+            targets=sizes.targets,
+            responses=sizes.responses,
+            pictures=1,
+            canvas=recipe.family.cell,
+            cells=sizes.cells,
+        )
         return record_dataset(
             self.source,
             batch_size=self.rows * config.batch.accumulation,
@@ -184,10 +193,6 @@ class Run:
             transform=recipe,
             collate=Collate(shape, config.batch.accumulation),
         )
-
-    @staticmethod
-    def _canvas(family: Any) -> tuple[int, int]:
-        return (family.size, family.size)
 
     def step_function(self) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
         """The compiled training step."""
@@ -299,7 +304,7 @@ def run_steps(run: Run, iterator: Iterator[Window], checkpoints: Checkpoints, st
 
     def report(entry: tuple[int, dict[str, jax.Array], Window]) -> None:
         number, metrics, window = entry
-        images = window.batch.canvas.shape[0] * window.batch.canvas.shape[1]
+        images = int((window.batch.grid[..., 0] > 0).sum())
         telemetry.log(number, jax.device_get(metrics), window.counts, window.tokens, images)
 
     with telemetry, StopSignal() as stop:

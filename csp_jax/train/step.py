@@ -26,7 +26,7 @@ def batch_pixels(model: VisionLanguageModel, batch: Batch, key: Array, schedule:
     if batch.canvas is None:
         return None
     canvas = perturb(batch.canvas, batch.mask, batch.confidence, batch.noise_id, key, schedule)
-    return model.normalize(canvas)
+    return model.pixels(batch, canvas)
 
 
 def make_step(
@@ -55,7 +55,7 @@ def make_step(
         prompt = model.embed_prompt(batch, pixels, dtype=dtype, remat=remat)
         sums: Terms = {}
         if loss.coefficients:
-            sums |= loss.sums(score_prompt(model, batch, prompt, remat=remat).log_probs, batch)
+            sums |= loss.sums(score_prompt(model, batch, prompt, train=True, remat=remat).log_probs, batch)
         if grounding:
             sums |= grounding_sums(prompt, model.decoder.embed.embedding[...], batch)
         total = sum(weight * sums[name] / counts[name] for name, weight in coefficients.items() if weight != 0.0)

@@ -1,0 +1,66 @@
+"""Buckets: whatever fits, few of them, and the same answers in each."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import pack
+from tiny_families import WORDS, family_model, family_picture
+
+from csp_jax.data.batch import Batch, Branch, Sample, Shape
+from csp_jax.data.buckets import STEPS, Buckets, bucket
+from csp_jax.losses.logprobs import score
+from csp_jax.perturb import to_canvas
+
+
+@given(st.integers(0, 10**6))
+def test_a_bucket_holds_its_size_with_little_to_spare(size):
+    found = bucket(size)
+    assert found >= size
+    assert bucket(found) == found
+    assert found <= 16 or found - size < found / (STEPS + 1) + 1
+
+
+def test_buckets_are_few():
+    found = {bucket(size) for size in range(17, 16385)}
+    assert len(found) == STEPS * math.log2(16384 / 16)
+    assert sorted({bucket(size) for size in range(70)}) == [0, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("exact")
+def test_pictures_of_many_sizes_are_scored_alike_in_few_programs(caplog):
+    """Twenty pictures of twenty shapes: a handful of compilations, and the log-probabilities of the largest shape."""
+    model, generator = family_model("qwen2_vl"), np.random.default_rng(0)
+    samples = []
+    for _ in range(20):
+        grid = tuple(int(side) for side in generator.integers(1, 9, 2))
+        picture, slots = family_picture("qwen2_vl", generator, (grid[0], grid[1]))
+        words = tuple(int(token) for token in generator.integers(*WORDS, 6))
+        prompt = (*words[:2], *(model.image_token,) * slots)
+        samples.append(Sample(prompt, (picture,), ((Branch(words[2:], (1.0,) * 4),),)))
+    assert len({sample.pictures[0].grid for sample in samples}) > 15
+    whole = Shape(1, 70, 1, 4, 4, 1, 1, samples[0].pictures[0].cell, 64)
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state: nnx.State, batch: Batch) -> jax.Array:
+        model = nnx.merge(graphdef, state)
+        return score(model, batch, model.pixels(batch, to_canvas(batch.canvas))).log_probs
+
+    buckets = Buckets(whole)
+    with caplog.at_level(logging.INFO):
+        found = [np.asarray(run(state, pack(buckets([sample]), [sample]))) for sample in samples]
+    compiled = run._cache_size()
+    assert compiled == len(buckets.used) == len(caplog.records) < 12
+    assert sum(buckets.used.values()) == len(samples)
+    assert len({shape.prompt for shape in buckets.used}) > 2
+    wanted = [np.asarray(run(state, pack(whole, [sample]))) for sample in samples]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
