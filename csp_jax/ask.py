@@ -12,7 +12,7 @@ from csp_jax.calibration.protocols import EdgeTree, confidence_choice, expected_
 from csp_jax.config import ParallelConfig
 from csp_jax.data.batch import Packer, Sample
 from csp_jax.data.pictures import check_slots, show
-from csp_jax.data.recipe import Asker
+from csp_jax.data.recipes.base import Asker
 from csp_jax.evaluate import Scorer, shape_of, shared_prompt
 from csp_jax.families.interface import open_image
 from csp_jax.families.registry import open_family

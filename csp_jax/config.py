@@ -45,7 +45,7 @@ class ShapeConfig(Section):
 
 
 class RecipeConfig(Section):
-    """What a record becomes; see `data.recipe`."""
+    """What a record becomes; see `data.recipes`."""
 
     name: Literal["answers", "paper", "evidence", "materialized", "original"] = "evidence"
     items: AtLeastOne = 4  # items asked about a picture

@@ -19,7 +19,7 @@ from csp_jax.calibration.protocols import QuestionTree, Reading, Shots, question
 from csp_jax.data.batch import Batch, Packer, Sample, Shape, Tree
 from csp_jax.data.buckets import Buckets
 from csp_jax.data.pictures import check_slots, show
-from csp_jax.data.recipe import Asker, noise_identity
+from csp_jax.data.recipes.base import Asker, noise_identity
 from csp_jax.data.shards import ShardSource, evaluation_records
 from csp_jax.errors import UserError
 from csp_jax.families.interface import HostFamily, open_image

@@ -100,7 +100,7 @@ def loaded_by(statement: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["records", "text", "config", "world", "families.registry", "data.batch", "data.recipe", "data.shards"],
+    ["records", "text", "config", "world", "families.registry", "data.batch", "data.recipes", "data.shards"],
 )
 def test_what_workers_import_is_light(module):
     """Data workers and data preparation start without jax."""

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from csp_jax.data.batch import Tree
-from csp_jax.data.recipe import Asker
+from csp_jax.data.recipes.base import Asker
 from csp_jax.records import Item
 from csp_jax.text import CONFIDENCE_ANSWERS, parse_confidence
 

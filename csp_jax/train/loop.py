@@ -25,7 +25,8 @@ from flax import nnx
 
 from csp_jax.config import LossConfig, NoiseConfig, OptimizerConfig, TrainConfig, read_yaml
 from csp_jax.data.batch import Batch, Packer, Shape
-from csp_jax.data.recipe import RECIPES, Drawn, Objective
+from csp_jax.data.recipes import RECIPES
+from csp_jax.data.recipes.base import Drawn, Objective
 from csp_jax.data.shards import ShardSource, record_dataset
 from csp_jax.errors import Interrupted, UserError
 from csp_jax.losses.grounding import NoLoss

@@ -14,7 +14,8 @@ from tiny import tiny_values, write_folder
 
 from csp_jax.config import RecipeConfig
 from csp_jax.data.batch import Picture, Sample
-from csp_jax.data.recipe import RECIPES, Drawn, Objective, Recipe
+from csp_jax.data.recipes import RECIPES
+from csp_jax.data.recipes.base import Drawn, Objective, Recipe
 from csp_jax.records import Item, Record, decode_mask
 from csp_jax.text import Prompts
 from csp_jax.world import World, WorldConfig

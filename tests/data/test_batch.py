@@ -25,7 +25,7 @@ from csp_jax.data.batch import (
     merge_branches,
     split_prefix,
 )
-from csp_jax.data.recipe import group_bundles
+from csp_jax.data.recipes.base import group_bundles
 from csp_jax.errors import UserError
 
 quick = settings(deadline=None, max_examples=100)

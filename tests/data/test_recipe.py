@@ -13,7 +13,7 @@ import scipy.stats
 from recipe_reader import Reader, box_mask, items_of, object_masks, only_picture, pixels
 
 from csp_jax.data.batch import CHOSEN, PLAIN, REJECTED
-from csp_jax.data.recipe import evidence_label
+from csp_jax.data.recipes.evidence import evidence_label
 from csp_jax.errors import UserError
 from csp_jax.records import Item, Record
 

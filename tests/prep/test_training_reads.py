@@ -14,7 +14,8 @@ from prep_runs import prepared, records
 from tiny import tiny_values, write_folder
 
 from csp_jax.config import RecipeConfig
-from csp_jax.data.recipe import RECIPES, Recipe
+from csp_jax.data.recipes import RECIPES
+from csp_jax.data.recipes.base import Recipe
 from csp_jax.data.shards import ShardSource
 from csp_jax.families.interface import open_image
 from csp_jax.text import Prompts
