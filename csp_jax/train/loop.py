@@ -23,7 +23,7 @@ import optax
 import yaml
 from flax import nnx
 
-from csp_jax.config import LossConfig, NoiseConfig, OptimizerConfig, TrainConfig, read_yaml
+from csp_jax.config import LossConfig, NoiseConfig, OptimizerConfig, TrainConfig, load_config, read_yaml
 from csp_jax.data.batch import Batch, Packer, Shape
 from csp_jax.data.recipes import RECIPES
 from csp_jax.data.recipes.base import Drawn, Objective
@@ -251,7 +251,7 @@ def prepare_folder(config: TrainConfig) -> None:
     file = out / "config.yaml"
     values = config.model_dump(mode="json")
     if file.exists():
-        before, now = flatten(read_yaml(file)), flatten(values)
+        before, now = flatten(load_config(TrainConfig, file).model_dump(mode="json")), flatten(values)
         for field in {**before, **now}:
             if not field.startswith("run.") and before.get(field) != now.get(field):
                 raise UserError(
