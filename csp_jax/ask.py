@@ -32,7 +32,7 @@ def ask_picture(folder: Path, image: Path, question: str, prompts: Prompts | Non
     picture = show(family, open_image(image, str(image)))
     model = load_model(folder)
     answer = greedy_answer(model, family, picture, prompts.ask(question))
-    asker = Asker(family, prompts, (family.image_tokens(picture.canvas),))
+    asker = Asker(family, prompts, picture)
     prompt = shared_prompt(asker)
     tree = EdgeTree()
     choice = confidence_choice(tree, asker, question, answer, len(prompt))

@@ -200,11 +200,19 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
     return result
 
 
+# Errors that are told of a whole section, which is no value to show.
+WHOLE_SECTION = frozenset({"missing", "union_tag_invalid", "union_tag_not_found"})
 ConfigType = TypeVar("ConfigType", bound=pydantic.BaseModel)
 
 
-def load_config(kind: type[ConfigType], file: Path | None, overrides: list[str] | None = None) -> ConfigType:
-    """A validated configuration from a YAML file and overrides."""
+def load_config(
+    kind: type[ConfigType],
+    file: Path | None,
+    overrides: list[str] | None = None,
+    *,
+    mend: str = "csp doctor --config lists every field with its range",
+) -> ConfigType:
+    """A validated configuration from a YAML file and overrides; UserError names the field."""
     values = apply_overrides(read_yaml(file) if file else {}, overrides or [])
     try:
         return kind.model_validate(values)
@@ -213,10 +221,21 @@ def load_config(kind: type[ConfigType], file: Path | None, overrides: list[str] 
         raise UserError(
             "no such field" if first["type"] == "extra_forbidden" else first["msg"],
             file=file,
-            field=".".join(str(part) for part in first["loc"]),
-            value=first.get("input"),
-            mend="csp doctor --config lists every field with its range",
+            field=".".join(_path(values, first["loc"])),
+            value=None if first["type"] in WHOLE_SECTION else first.get("input"),
+            mend=mend,
         ) from None
+
+
+def _path(values: Any, location: tuple[int | str, ...]) -> list[str]:
+    """An error's place without the names that tell alternatives apart (`source.pope.files`)."""
+    path: list[str] = []
+    for part in location:
+        if isinstance(values, dict) and values.get("name") == part and part not in values:
+            continue
+        path.append(str(part))
+        values = values.get(part) if isinstance(values, dict) else None
+    return path
 
 
 class WorldSplits(Section):

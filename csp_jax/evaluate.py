@@ -129,11 +129,12 @@ def example_shots(source: ShardSource, count: int) -> Shots:
     """
     shots: list[tuple[str, str, int]] = []
     for record in (source[index] for index in range(len(source))):
-        usable = [item for item in record.items if len(item.candidates) > 1]
-        for item in usable[: min(1, count - len(shots))]:
-            right = len(shots) % 2 == 0
-            wrong = next(candidate for candidate in item.candidates if candidate != item.truth)
-            shots.append((item.question, item.truth if right else wrong, 100 if right else 0))
+        item = next((item for item in record.items if len(item.candidates) > 1), None)
+        if item is None:
+            continue
+        right = len(shots) % 2 == 0
+        wrong = next(candidate for candidate in item.candidates if candidate != item.truth)
+        shots.append((item.question, item.truth if right else wrong, 100 if right else 0))
         if len(shots) == count:
             return tuple(shots)
     raise UserError(
@@ -151,7 +152,7 @@ def scene_trees(
 ) -> SceneTrees:
     """A record as one sample: its picture in the prompt, one group for each question."""
     picture = show(family, open_image(record.images[0], record.image_id), noise_id=noise_identity(record.id))
-    asker = Asker(family, prompts, (family.image_tokens(picture.canvas),))
+    asker = Asker(family, prompts, picture)
     prompt = shared_prompt(asker)
     questions = tuple(question_tree(asker, item, len(prompt), shots) for item in items)
     sample = check_slots(family, Sample(prompt, (picture,), tuple(q.tree for q in questions)))

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from csp_jax.config import AtLeastOne, Count, Fraction, Positive, Section, apply_overrides, read_yaml
-from csp_jax.errors import UserError
+from csp_jax.config import AtLeastOne, Count, Fraction, Positive, Section, load_config
 
 Name = Annotated[str, pydantic.Field(pattern=r"^[a-z][a-z0-9_]*$")]
 SplitName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z]\w*$")]
@@ -373,27 +372,4 @@ class PrepConfig(Section):
 
 def load_prep_config(file: Path, overrides: list[str] | None = None) -> PrepConfig:
     """A validated configuration from a YAML file and `field=value` settings; UserError names the field."""
-    values = apply_overrides(read_yaml(file), overrides or [])
-    try:
-        return PrepConfig.model_validate(values)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        problem = "no such field" if first["type"] == "extra_forbidden" else first["msg"]
-        raise UserError(
-            problem,
-            file=file,
-            field=".".join(_path(values, first["loc"])),
-            value=first.get("input") if not isinstance(first.get("input"), dict) else None,
-            mend="docs/prep.md and data_prep/config.py list every field",
-        ) from None
-
-
-def _path(values: Any, location: tuple[int | str, ...]) -> list[str]:
-    """An error's place without the names that tell alternatives apart (`source.pope.files`)."""
-    path: list[str] = []
-    for part in location:
-        if isinstance(values, dict) and values.get("name") == part and part not in values:
-            continue
-        path.append(str(part))
-        values = values.get(part) if isinstance(values, dict) else None
-    return path
+    return load_config(PrepConfig, file, overrides, mend="docs/prep.md and data_prep/config.py list every field")

@@ -16,6 +16,7 @@ from csp_jax.data.batch import Batch
 from csp_jax.models.attention import Layout, tree_layout
 from csp_jax.models.checkpoint_map import Tensor
 from csp_jax.models.decoder import Decoder, Tables
+from csp_jax.models.vision import CLIP_MEAN, CLIP_STD, standardize
 
 jax.tree_util.register_dataclass(Batch, data_fields=Batch.ARRAYS, meta_fields=Batch.STATIC)
 
@@ -43,6 +44,8 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
     image_token: int
     unused: ClassVar[tuple[str, ...]] = ()  # parameter paths that the computation never reads
     aliases: ClassVar[tuple[tuple[re.Pattern[str], str], ...]] = ()  # other writers' names of the hub's tensors
+    mean: ClassVar[tuple[float, float, float]] = CLIP_MEAN  # of the vision tower's pixels in [0, 1], by colour
+    std: ClassVar[tuple[float, float, float]] = CLIP_STD
     counts_padding: ClassVar[bool] = False  # the original's positions count padding on the left, too
     length_dependent: ClassVar[bool] = False
     # While tokens are generated, the length that counts for each is that of the sequence when it was fed; True: for all
@@ -60,9 +63,9 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
         """Hub keys that a checkpoint may have besides, and the keys whose tensors they repeat."""
         return {}
 
-    @abc.abstractmethod
     def normalize(self, canvas: Float[Array, "... height width 3"]) -> Float[Array, "... height width 3"]:
         """Canvas in [-1, 1] -> the pixel values that the vision tower was trained on."""
+        return standardize(canvas, self.mean, self.std)
 
     def pixels(
         self, batch: Batch, canvas: Float[Array, "batch cells height width 3"]

@@ -33,7 +33,7 @@ from csp_jax.models.checkpoint_map import (
 from csp_jax.models.decoder import LLAMA_LAYER, QKV_BIAS, Decoder, DecoderConfig, Tables
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.interface import VisionLanguageModel
-from csp_jax.models.vision import VisionLayer, VisionLayerConfig, merge_squares, patchify, standardize
+from csp_jax.models.vision import VisionLayer, VisionLayerConfig, each_cell, merge_squares, patchify
 from csp_jax.perturb import to_canvas
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -146,6 +146,7 @@ class InternVL2(VisionLanguageModel):
     """The model."""
 
     config_class = InternVL2Config
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
     length_dependent = True
 
     def __init__(self, config: InternVL2Config, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
@@ -156,9 +157,6 @@ class InternVL2(VisionLanguageModel):
         self.merge_norm = LayerNorm(merged, epsilon=1e-5, dtype=dtype)
         self.projector = Mlp(merged, width, width, activation="gelu", dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config.text, dtype, rngs)
-
-    def normalize(self, canvas: Float[Array, "... height width 3"]) -> Float[Array, "... height width 3"]:
-        return standardize(canvas, IMAGENET_MEAN, IMAGENET_STD)
 
     def cells(self, grid: Int[Array, "batch pictures 2"], count: int) -> Cells:
         """Tiles and thumbnails of a row; a picture of one tile has no thumbnail."""
@@ -177,10 +175,10 @@ class InternVL2(VisionLanguageModel):
         grid: Int[Array, "batch pictures 2"] | None = None,
         remat: Callable | None = None,
     ) -> Float[Array, "batch features width"]:
-        batch, count = pixels.shape[:2]
-        features = merge_squares(self.vision(pixels.reshape(-1, *pixels.shape[2:]), remat))
-        features = self.projector(self.merge_norm(features))
-        return features.reshape(batch, count * features.shape[1], -1)
+        def encode(cells: Float[Array, "cells side side 3"]) -> Float[Array, "cells features width"]:
+            return self.projector(self.merge_norm(merge_squares(self.vision(cells, remat))))
+
+        return each_cell(encode, pixels)
 
     def rope(
         self,

@@ -21,7 +21,7 @@ from csp_jax.models.checkpoint_map import SAME, Tensor, layer_tensors, linear
 from csp_jax.models.decoder import LLAMA_LAYER, Decoder, DecoderConfig, Tables
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.interface import VisionLanguageModel
-from csp_jax.models.vision import CLIP_MEAN, CLIP_STD, ClipConfig, ClipVision, clip_tensors, standardize
+from csp_jax.models.vision import ClipConfig, ClipVision, clip_tensors, each_cell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,18 +110,13 @@ class Llava(VisionLanguageModel):
         )
         self.decoder = Decoder(config.text, dtype, rngs)
 
-    def normalize(self, canvas: Float[Array, "... height width 3"]) -> Float[Array, "... height width 3"]:
-        return standardize(canvas, CLIP_MEAN, CLIP_STD)
-
     def encode_images(
         self,
         pixels: Float[Array, "batch pictures height width 3"],
         grid: Int[Array, "batch pictures 2"] | None = None,
         remat: Callable | None = None,
     ) -> Float[Array, "batch features width"]:
-        batch, images = pixels.shape[:2]
-        features = self.projector(self.vision(pixels.reshape(-1, *pixels.shape[2:]), remat))
-        return features.reshape(batch, images * features.shape[1], -1)
+        return each_cell(lambda cells: self.projector(self.vision(cells, remat)), pixels)
 
     def rope(
         self, positions: Int[Array, "batch tokens"], lengths: Array | None = None, *, train: bool = False

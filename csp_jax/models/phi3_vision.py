@@ -24,7 +24,7 @@ from csp_jax.models.checkpoint_map import SAME, Tensor, fused, layer_tensors, le
 from csp_jax.models.decoder import Decoder, DecoderConfig, Tables
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.interface import VisionLanguageModel
-from csp_jax.models.vision import CLIP_MEAN, CLIP_STD, ClipConfig, ClipVision, clip_tensors, merge_squares, standardize
+from csp_jax.models.vision import ClipConfig, ClipVision, clip_tensors, each_cell, merge_squares
 
 CLIP_LARGE = {  # the tower that the configuration names without giving its sizes
     "hidden_size": 1024,
@@ -132,9 +132,6 @@ class Phi3Vision(VisionLanguageModel):
         self.projector = Mlp(merged, width, width, activation="gelu", dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config.text, dtype, rngs)
 
-    def normalize(self, canvas: Float[Array, "... height width 3"]) -> Float[Array, "... height width 3"]:
-        return standardize(canvas, CLIP_MEAN, CLIP_STD)
-
     @staticmethod
     def cells(grid: Int[Array, "batch pictures 2"], count: int) -> Cells:
         """Crops, and after each picture's the view of the whole."""
@@ -154,11 +151,9 @@ class Phi3Vision(VisionLanguageModel):
         remat: Callable | None = None,
     ) -> Float[Array, "batch features width"]:
         """The separator of rows, the one behind the crops, then the features of all cells."""
-        batch, count = pixels.shape[:2]
-        features = merge_squares(self.vision(pixels.reshape(-1, *pixels.shape[2:]), remat))
-        features = features.reshape(batch, count * features.shape[1], -1)
+        features = each_cell(lambda cells: merge_squares(self.vision(cells, remat)), pixels)
         ends = jnp.stack([self.row_end[...], self.crops_end[...]]).astype(features.dtype)
-        ends = jnp.broadcast_to(ends, (batch, *ends.shape))
+        ends = jnp.broadcast_to(ends, (features.shape[0], *ends.shape))
         return self.projector(jnp.concatenate([ends, features], axis=1))
 
     def feature_index(

@@ -24,7 +24,7 @@ from csp_jax.models.checkpoint_map import FRAMES, SAME, Tensor, fused, layer_ten
 from csp_jax.models.decoder import LLAMA_LAYER, QKV_BIAS, Decoder, DecoderConfig, Tables
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.interface import VisionLanguageModel, segment_starts
-from csp_jax.models.vision import CLIP_MEAN, CLIP_STD, VisionLayer, VisionLayerConfig, patchify, standardize
+from csp_jax.models.vision import VisionLayer, VisionLayerConfig, patchify
 
 FRAMES_A_PATCH = 2  # a still picture is shown as two equal frames
 
@@ -149,9 +149,6 @@ class Qwen2VL(VisionLanguageModel):
         self.image_token = config.image_token
         self.vision = Qwen2Vision(config, dtype, rngs)
         self.decoder = Decoder(config.text, dtype, rngs)
-
-    def normalize(self, canvas: Float[Array, "... height width 3"]) -> Float[Array, "... height width 3"]:
-        return standardize(canvas, CLIP_MEAN, CLIP_STD)
 
     def encode_images(
         self,

@@ -21,7 +21,7 @@ from csp_jax.models.checkpoint_map import CONV, SAME, TRANSPOSE, Tensor, fused, 
 from csp_jax.models.decoder import Decoder, DecoderConfig, Tables
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.interface import VisionLanguageModel
-from csp_jax.models.vision import CLIP_MEAN, CLIP_STD, VisionLayer, VisionLayerConfig, patchify, standardize
+from csp_jax.models.vision import VisionLayer, VisionLayerConfig, each_cell, patchify
 
 POSITIONS = 16  # the tower's and the resampler's positions are learned on a square of this side
 HEAD_SIZE = 128  # of the resampler
@@ -177,18 +177,13 @@ class QwenVL(VisionLanguageModel):
         self.vision = QwenVision(config, dtype, rngs)
         self.decoder = Decoder(config.text, dtype, rngs)
 
-    def normalize(self, canvas: Float[Array, "... height width 3"]) -> Float[Array, "... height width 3"]:
-        return standardize(canvas, CLIP_MEAN, CLIP_STD)
-
     def encode_images(
         self,
         pixels: Float[Array, "batch cells height width 3"],
         grid: Int[Array, "batch pictures 2"] | None = None,
         remat: Callable | None = None,
     ) -> Float[Array, "batch features width"]:
-        batch, count = pixels.shape[:2]
-        features = self.vision(pixels.reshape(-1, *pixels.shape[2:]), remat)
-        return features.reshape(batch, count * features.shape[1], -1)
+        return each_cell(lambda cells: self.vision(cells, remat), pixels)
 
     def rope(
         self,

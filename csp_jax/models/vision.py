@@ -122,6 +122,16 @@ def standardize(
     return ((canvas + 1) / 2 - jnp.asarray(mean, canvas.dtype)) / jnp.asarray(std, canvas.dtype)
 
 
+def each_cell(
+    encode: Callable[[Float[Array, "cells height width 3"]], Float[Array, "cells features width"]],
+    pixels: Float[Array, "batch cells height width 3"],
+) -> Float[Array, "batch features width"]:
+    """Features of every cell, encoded apart; those of a row's cells stand one after another."""
+    batch, count = pixels.shape[:2]
+    features = encode(pixels.reshape(-1, *pixels.shape[2:]))
+    return features.reshape(batch, count * features.shape[1], -1)
+
+
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
     """Sizes of a CLIP tower; `feature_layer` counts hidden states like transformers (-2: skip the last)."""

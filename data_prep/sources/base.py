@@ -54,6 +54,18 @@ class Source(abc.ABC):
         return found
 
 
+class FileSource(Source):
+    """A source whose rows lie in one file; `field` is the configuration's field that names it."""
+
+    def __init__(self, root: str, file: str, field: str, images: str = ""):
+        self._root = Path(root)
+        self._images = self._root / images
+        self._file = resolve(self._root, file, field)[0]
+
+    def files(self) -> list[Path]:
+        return [self._file]
+
+
 def units(source: Source, *, group: bool, limit: int = 0) -> Iterator[Unit]:
     """The source's rows as units: one a row, or (with `group`) one a picture, in the order of first appearance.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from csp_jax.errors import UserError
 from csp_jax.records import Item
 from data_prep.config import CocoConfig
 from data_prep.masks import coco_segmentation
-from data_prep.sources.base import AnyRow, Source, read_json, resolve, yes_no_fields
+from data_prep.sources.base import AnyRow, FileSource, read_json, yes_no_fields
 from data_prep.unit import BadRow, ImageFile, Region, Row
 
 
@@ -23,7 +22,7 @@ def existence_question(noun: str) -> str:
     return f"Is there {article} {noun} in the image?"
 
 
-class Coco(Source):
+class Coco(FileSource):
     """Existence questions: one for every category that a picture has, and as many for categories that it has not.
 
     Absent categories are drawn at random, or (`popular`) with the odds of how many pictures have them. The draw
@@ -33,13 +32,8 @@ class Coco(Source):
     dataset = "coco"
 
     def __init__(self, config: CocoConfig):
+        super().__init__(config.root, config.annotations, "annotations", config.images)
         self.config = config
-        root = Path(config.root)
-        self._images = root / config.images
-        self._file = resolve(root, config.annotations, "annotations")[0]
-
-    def files(self) -> list[Path]:
-        return [self._file]
 
     def rows(self) -> Iterator[AnyRow]:
         raw = read_json(self._file)

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from csp_jax.records import Item
 from data_prep.config import ConversationsConfig
-from data_prep.sources.base import AnyRow, Source, json_rows, resolve, text
+from data_prep.sources.base import AnyRow, FileSource, json_rows, text
 from data_prep.unit import BadRow, ImageFile, Row
 
 MARK = "<image>"
 
 
-class Conversations(Source):
+class Conversations(FileSource):
     """Every turn of a conversation is a question; its answer was written by a model, so nothing says it is right."""
 
     dataset = "conversations"
 
     def __init__(self, config: ConversationsConfig):
+        super().__init__(config.root, config.file, "file", config.images)
         self.config = config
-        root = Path(config.root)
-        self._images = root / config.images
-        self._file = resolve(root, config.file, "file")[0]
-
-    def files(self) -> list[Path]:
-        return [self._file]
 
     def rows(self) -> Iterator[AnyRow]:
         for number, (where, row) in enumerate(json_rows(self._file)):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from csp_jax.records import Item
 from data_prep.config import FolderConfig
 from data_prep.masks import MaskFile
-from data_prep.sources.base import AnyRow, Source, checked, json_rows, resolve, text
+from data_prep.sources.base import AnyRow, FileSource, checked, json_rows, text
 from data_prep.unit import BadRow, ImageFile, Region, Row
 
 TEXTS = ("response", "keyword", "truth", "category", "coefficient_dataset", "rejected")
@@ -18,7 +17,7 @@ LISTS = ("candidates", "subsets")
 KNOWN = {"id", "image", "image_id", "question", "answer", "right", "regions", *TEXTS, *LISTS}
 
 
-class Folder(Source):
+class Folder(FileSource):
     """One line a question: `image` and `question`, and what is known beside them.
 
     `answer` is the true answer and also the response unless that is given. `regions` is a list of
@@ -28,11 +27,7 @@ class Folder(Source):
     dataset = "folder"
 
     def __init__(self, config: FolderConfig):
-        self._root = Path(config.root)
-        self._file = resolve(self._root, config.file, "file")[0]
-
-    def files(self) -> list[Path]:
-        return [self._file]
+        super().__init__(config.root, config.file, "file")
 
     def rows(self) -> Iterator[AnyRow]:
         for number, (where, row) in enumerate(json_rows(self._file)):

@@ -10,23 +10,21 @@ from typing import Any
 from csp_jax.errors import UserError
 from csp_jax.records import Item
 from data_prep.config import GqaConfig
-from data_prep.sources.base import YES_NO, AnyRow, Source, checked, read_json, resolve, text, yes_no_fields
+from data_prep.sources.base import YES_NO, AnyRow, FileSource, checked, read_json, resolve, text, yes_no_fields
 from data_prep.unit import ImageFile, Region, Row
 
 
-class Gqa(Source):
+class Gqa(FileSource):
     """Compositional questions. With scene graphs, the objects that a question names come with their boxes."""
 
     dataset = "gqa"
 
     def __init__(self, config: GqaConfig):
-        root = Path(config.root)
-        self._images = root / config.images
-        self._file = resolve(root, config.questions, "questions")[0]
-        self._graphs = resolve(root, config.scene_graphs, "scene_graphs")[0] if config.scene_graphs else None
+        super().__init__(config.root, config.questions, "questions", config.images)
+        self._graphs = resolve(self._root, config.scene_graphs, "scene_graphs")[0] if config.scene_graphs else None
 
     def files(self) -> list[Path]:
-        return [self._file, *([self._graphs] if self._graphs else [])]
+        return [*super().files(), *([self._graphs] if self._graphs else [])]
 
     def rows(self) -> Iterator[AnyRow]:
         questions = read_json(self._file)

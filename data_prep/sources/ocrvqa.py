@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from csp_jax.errors import UserError
 from csp_jax.records import Item
 from data_prep.config import OcrVqaConfig
-from data_prep.sources.base import AnyRow, Source, read_json, resolve, yes_no_fields
+from data_prep.sources.base import AnyRow, FileSource, read_json, yes_no_fields
 from data_prep.unit import BadRow, ImageFile, Row
 
 
-class OcrVqa(Source):
+class OcrVqa(FileSource):
     """Several questions about each book cover; the file is named by the id and the suffix of its URL."""
 
     dataset = "ocrvqa"
 
     def __init__(self, config: OcrVqaConfig):
+        super().__init__(config.root, config.file, "file", config.images)
         self.config = config
-        root = Path(config.root)
-        self._images = root / config.images
-        self._file = resolve(root, config.file, "file")[0]
-
-    def files(self) -> list[Path]:
-        return [self._file]
 
     def rows(self) -> Iterator[AnyRow]:
         raw = read_json(self._file)

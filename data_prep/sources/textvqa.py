@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from csp_jax.errors import UserError
 from csp_jax.records import Item
 from data_prep.config import TextVqaConfig
-from data_prep.sources.base import AnyRow, Source, checked, read_json, resolve, text
+from data_prep.sources.base import AnyRow, FileSource, checked, read_json, text
 from data_prep.sources.vqa import most_common
 from data_prep.unit import BadRow, ImageFile, Row
 
 
-class TextVqa(Source):
+class TextVqa(FileSource):
     """Questions about text in pictures; the truth is what most of ten people said."""
 
     dataset = "textvqa"
 
     def __init__(self, config: TextVqaConfig):
-        root = Path(config.root)
-        self._images = root / config.images
-        self._file = resolve(root, config.file, "file")[0]
-
-    def files(self) -> list[Path]:
-        return [self._file]
+        super().__init__(config.root, config.file, "file", config.images)
 
     def rows(self) -> Iterator[AnyRow]:
         raw = read_json(self._file)

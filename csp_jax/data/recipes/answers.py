@@ -9,18 +9,8 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from csp_jax.data.batch import (
-    SLOT_NAMES,
-    Branch,
-    Sample,
-    split_prefix,
-)
-from csp_jax.data.recipes.base import (
-    Asker,
-    Bundle,
-    Drawn,
-    Recipe,
-)
+from csp_jax.data.batch import SLOT_NAMES, Branch, Sample, split_prefix
+from csp_jax.data.recipes.base import Asker, Bundle, Drawn, Recipe
 from csp_jax.records import Item, Record, decode_mask
 
 UNDECIDING = re.compile(r"( in (the|this) image| are there)?\?$")  # what follows the last word that decides a question
@@ -36,7 +26,7 @@ class AnswerRecipe(Recipe):
     def __call__(self, record: Record, generator: np.random.Generator) -> Drawn:
         image = self.open(record)
         picture = self.picture(record, image, None, 100.0)
-        asker = Asker(self.family, self.prompts, (self.family.image_tokens(picture.canvas),))
+        asker = Asker(self.family, self.prompts, picture)
         categories = self.config.categories
         items = [item for item in record.items if item.right == 1 and (not categories or item.category in categories)]
         order = generator.permutation(len(items))[: self.config.items]

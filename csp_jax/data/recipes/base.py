@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import zlib
 from collections import Counter
@@ -49,10 +50,10 @@ def noise_identity(text: str) -> int:
 
 
 class Asker:
-    """Writes questions and answers as token sequences of one family."""
+    """Writes questions about one picture, and answers, as token sequences of a family."""
 
-    def __init__(self, family: HostFamily, prompts: Prompts, slots: tuple[int, ...]):
-        self.family, self.prompts, self.slots = family, prompts, slots
+    def __init__(self, family: HostFamily, prompts: Prompts, picture: Picture):
+        self.family, self.prompts, self.slots = family, prompts, (family.image_tokens(picture.canvas),)
 
     def _branch(self, text: str, answer: str, role: int, weight: float) -> Branch:
         encoded = self.family.encode(text, answer, self.slots)
@@ -95,7 +96,7 @@ def square_around(box: tuple[int, int, int, int], width: int, height: int) -> tu
     return left, top, min(left + side, width), min(top + side, height)
 
 
-class Recipe:
+class Recipe(abc.ABC):
     """Shared by all recipes: pictures, regions, prompt and grouping."""
 
     def __init__(self, config: RecipeConfig, checkpoint: str, prompts: Prompts, objective: Objective):
@@ -112,8 +113,9 @@ class Recipe:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_family": None}
 
+    @abc.abstractmethod
     def __call__(self, record: Record, generator: np.random.Generator) -> Drawn:
-        raise NotImplementedError
+        """What this record gives this time."""
 
     def open(self, record: Record) -> Image.Image:
         """The record's one picture."""

@@ -8,12 +8,7 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
-from csp_jax.data.recipes.base import (
-    Asker,
-    Bundle,
-    Drawn,
-    Recipe,
-)
+from csp_jax.data.recipes.base import Asker, Bundle, Drawn, Recipe
 from csp_jax.records import Item, Record
 
 
@@ -40,7 +35,7 @@ class EvidenceRecipe(Recipe):
         buried, region = self.choose_region(record, image, items, generator)
         percent = 100 if region is None and not buried else self.draw_percent(generator)
         picture = self.picture(record, image, region, percent)
-        asker = Asker(self.family, self.prompts, (self.family.image_tokens(picture.canvas),))
+        asker = Asker(self.family, self.prompts, picture)
         bundles: list[Bundle] = []
         for i in generator.permutation(len(items)):
             if len(bundles) == self.config.items:

@@ -6,16 +6,8 @@ from collections import Counter
 
 import numpy as np
 
-from csp_jax.data.batch import (
-    CHOSEN,
-    REJECTED,
-)
-from csp_jax.data.recipes.base import (
-    Asker,
-    Bundle,
-    Drawn,
-    Recipe,
-)
+from csp_jax.data.batch import CHOSEN, REJECTED
+from csp_jax.data.recipes.base import Asker, Bundle, Drawn, Recipe
 from csp_jax.families.interface import open_image
 from csp_jax.records import Record
 
@@ -36,7 +28,7 @@ class PaperRecipe(Recipe):
         image = self.open(record)
         region = None if self.config.region == "global" else self.region_mask(record, image, first.regions)
         picture = self.picture(record, image, region, percent)
-        asker = Asker(self.family, self.prompts, (self.family.image_tokens(picture.canvas),))
+        asker = Asker(self.family, self.prompts, picture)
         order = generator.permutation(len(same))[: self.config.items]
         asked = [self.label_bundle(asker, same[i].question, same[i].response, percent, counts) for i in order]
         bundles = [bundle for bundle in asked if bundle] + self.retention(asker, record, generator)
@@ -54,7 +46,7 @@ class MaterializedRecipe(Recipe):
             return Drawn(None, counts)
         item = usable[generator.integers(len(usable))]
         picture = self.picture(record, open_image(item.perturbed_image, item.id), None, 100.0)
-        asker = Asker(self.family, self.prompts, (self.family.image_tokens(picture.canvas),))
+        asker = Asker(self.family, self.prompts, picture)
         bundle = self.label_bundle(asker, item.question, item.response, round(item.confidence), counts)
         return self.sample(picture, [bundle] if bundle else [], counts)
 
@@ -65,7 +57,7 @@ class OriginalRecipe(Recipe):
     def __call__(self, record: Record, generator: np.random.Generator) -> Drawn:
         usable = [item for item in record.items if item.right == 1 and item.rejected]
         picture = self.picture(record, self.open(record), None, 100.0)
-        asker = Asker(self.family, self.prompts, (self.family.image_tokens(picture.canvas),))
+        asker = Asker(self.family, self.prompts, picture)
         bundles: list[Bundle] = []
         for i in generator.permutation(len(usable))[: self.config.items]:
             item = usable[i]
