@@ -77,7 +77,7 @@ def merge(parts: tuple[Outputs, ...]) -> Float[Array, "batch queries heads dim"]
     weights = jnp.exp(lse - jax.lax.stop_gradient(lse.max(axis=0)))
     total = weights.sum(axis=0)
     shares = jnp.where(lse > NOTHING / 2, weights / total, 0.0)[..., None]
-    return sum(part[0] * share.astype(part[0].dtype) for part, share in zip(parts, shares))  # type: ignore[return-value]
+    return functools.reduce(jnp.add, (part[0] * share.astype(part[0].dtype) for part, share in zip(parts, shares)))
 
 
 def find_blocks(
