@@ -251,10 +251,10 @@ def evaluate(
         for part in split_by_regime(family, scene_trees(family, prompts, record, choice_items(record), shots))
         if part.items
     ]
-    answers = gathered(_ask_scenes(Scorer(model, mesh), scenes, rows, progress) if scenes else None)
-    if answers is None:
+    # Hosts meet here, before they compile: CPU collectives wait long for a host that they know, not for a first one.
+    if not multihost_utils.process_allgather(np.array(len(scenes))).any():
         raise UserError("there is nothing to evaluate", file=source.directory, field="split", value=source.split)
-    return answers
+    return gathered(_ask_scenes(Scorer(model, mesh), scenes, rows, progress) if scenes else None)
 
 
 def _ask_scenes(
@@ -274,19 +274,17 @@ def _ask_scenes(
     return collect(found)
 
 
-def gathered(answers: Answers | None) -> Answers | None:
-    """The answers of all hosts, on each; None where no host has any."""
-    if jax.process_count() == 1:
-        return answers
+def gathered(answers: Answers | None) -> Answers:
+    """The answers of all hosts, on each; None where a host has none."""
     own = io.BytesIO()
     if answers is not None:
         answers.write(own)
-    sizes = multihost_utils.process_allgather(np.array([own.tell()]))
+    sizes = multihost_utils.process_allgather(np.array(own.tell())).reshape(-1)
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: own.tell()] = np.frombuffer(own.getvalue(), np.uint8)
-    files = multihost_utils.process_allgather(padded)
-    parts = [Answers.load(io.BytesIO(row[: int(size)].tobytes())) for row, (size,) in zip(files, sizes) if size]
-    return Answers.joined(parts) if parts else None
+    files = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    parts = [Answers.load(io.BytesIO(row[:size].tobytes())) for row, size in zip(files, sizes) if size]
+    return Answers.joined(parts)
 
 
 def ask_records(
