@@ -10,16 +10,11 @@ import numpy as np
 
 from csp_jax.errors import UserError
 from csp_jax.records import Item
+from csp_jax.text import existence_question
 from data_prep.config import CocoConfig
 from data_prep.masks import coco_segmentation
 from data_prep.sources.base import AnyRow, FileSource, read_json, yes_no_fields
 from data_prep.unit import BadRow, ImageFile, Region, Row
-
-
-def existence_question(noun: str) -> str:
-    """`Is there a dog in the image?`"""
-    article = "an" if noun[0].lower() in "aeiou" else "a"
-    return f"Is there {article} {noun} in the image?"
 
 
 class Coco(FileSource):
