@@ -25,7 +25,13 @@ ASKED = (
     ("coffee.png", "What lies on the saucer?", "A small spoon.", "spoon", (325, 65, 425, 328)),
     ("coffee.png", "How much coffee is left in the cup?", "It is nearly half full.", "cup coffee", (172, 15, 410, 240)),
     ("coffee.png", "Is the saucer red?", "yes", "saucer", (78, 60, 478, 385)),
-    ("motorcycle_left.png", "Which vehicle is in the garage?", "A red motorcycle.", "motorcycle", (90, 70, 690, 455)),
+    (
+        "motorcycle_left.png",
+        "Which vehicle is in the garage?",
+        "A red motorcycle.",
+        "motorcycle vehicle",
+        (90, 70, 690, 455),
+    ),
     ("rocket.jpg", "What is standing on the launch pad?", "A tall white rocket.", "rocket", (305, 125, 335, 405)),
     ("quokka.jpg", "Who smiles at the camera?", "It is a quokka.", "quokka", None),
 )

@@ -285,6 +285,7 @@ def test_spacy_noun_chunks():
         "Is there a snowboard in the image?": "snowboard",
         "Is there a traffic light in the image?": "traffic light",
         "What colour is the old wooden bench?": "bench",
+        "Is there direct contact between the dog and beach?": "dog",
     }
     assert finder([(question, "") for question in asked]) == list(asked.values())
 
