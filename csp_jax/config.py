@@ -50,7 +50,7 @@ class RecipeConfig(Section):
 
     name: Literal["answers", "paper", "evidence", "materialized", "original"] = "evidence"
     items: AtLeastOne = 4  # items asked about a picture
-    free_form: bool = False  # `paper`: also about answers without candidates, such as those of RLAIF-V
+    free_form: bool = False  # `paper` and `evidence`: also answers without candidates, such as those of RLAIF-V
     categories: tuple[str, ...] = ()  # ordinary questions of these categories only; empty: all
     retention_items: Count = 0  # ordinary questions beside them
     labels: Literal["uniform", "grid"] = "uniform"
