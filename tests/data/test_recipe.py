@@ -297,6 +297,23 @@ def test_retention_questions_come_beside(reader, name, objective):
             assert asked.taught.strip() == f"{asked.response}</s>"
 
 
+def test_categories_take_turns():
+    """However many are taken, no category has two more than another that still has items; the first one is any."""
+    items = [
+        Item(f"{kind}{i}", "?", "a", category=kind) for kind, n in (("a", 9), ("b", 3), ("c", 1)) for i in range(n)
+    ]
+    firsts: collections.Counter[str] = collections.Counter()
+    for seed in range(600):
+        turns = base.in_turns(items, np.random.default_rng(seed))
+        assert sorted(item.id for item in turns) == sorted(item.id for item in items)
+        firsts[turns[0].id] += 1
+        for count in range(len(items)):
+            taken = collections.Counter(item.category for item in turns[:count])
+            left = {item.category for item in turns[count:]}
+            assert all(taken[more] - taken[less] < 2 for more in taken for less in left)
+    assert scipy.stats.chisquare([firsts[item.id] for item in items]).pvalue > 1e-4
+
+
 @pytest.mark.parametrize("name", ["paper", "evidence", "answers", "original"])
 def test_samples_are_the_picture_and_one_shared_prompt(reader, name):
     recipe = reader.recipe(name)

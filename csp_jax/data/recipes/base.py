@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +29,7 @@ from csp_jax.data.pictures import check_slots, show
 from csp_jax.errors import UserError
 from csp_jax.families.interface import HostFamily, open_image
 from csp_jax.families.registry import open_family
-from csp_jax.records import Record, decode_mask
+from csp_jax.records import Item, Record, decode_mask
 from csp_jax.text import Prompts, percent_text
 
 Bundle = tuple[Branch, ...]
@@ -94,6 +94,16 @@ def square_around(box: tuple[int, int, int, int], width: int, height: int) -> tu
     left = max(0, min((x0 + x1 - side) // 2, width - side))
     top = max(0, min((y0 + y1 - side) // 2, height - side))
     return left, top, min(left + side, width), min(top + side, height)
+
+
+def in_turns(items: Sequence[Item], generator: np.random.Generator) -> list[Item]:
+    """Items in random order in which categories take turns, so that the many of one do not drown the few of another."""
+    taken: Counter = Counter()
+    turns = []
+    for i in generator.permutation(len(items)):
+        turns.append((taken[items[i].category], items[i]))
+        taken[items[i].category] += 1
+    return [item for _, item in sorted(turns, key=lambda turn: turn[0])]
 
 
 class Recipe(abc.ABC):
@@ -178,9 +188,8 @@ class Recipe(abc.ABC):
         """Ordinary questions and answers beside the confidence queries, so that answering is kept."""
         asked_about = [item for item in record.items if item.candidates or self.config.free_form]
         usable = [item for item in asked_about if item.right == 1]
-        count = min(self.config.retention_items, len(usable))
-        chosen = generator.permutation(len(usable))[:count]
-        return [(asker.answer(usable[i].question, usable[i].response),) for i in chosen]
+        chosen = in_turns(usable, generator)[: self.config.retention_items]
+        return [(asker.answer(item.question, item.response),) for item in chosen]
 
     def draw_percent(self, generator: np.random.Generator) -> int:
         """A confidence label, uniform over 0..100 or over its grid."""

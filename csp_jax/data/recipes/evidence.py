@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool
 
-from csp_jax.data.recipes.base import Asker, Bundle, Drawn, Recipe
+from csp_jax.data.recipes.base import Asker, Bundle, Drawn, Recipe, in_turns
 from csp_jax.records import Item, Record
 
 Mask = Bool[np.ndarray, "height width"]
@@ -70,14 +70,14 @@ class EvidenceRecipe(Recipe):
         picture = self.picture(record, image, burial.pixels, percent)
         asker = Asker(self.family, self.prompts, picture)
         bundles: list[Bundle] = []
-        for i in generator.permutation(len(items)):
+        for item in in_turns(items, generator):
             if len(bundles) == self.config.items:
                 break
-            share = self.visible(items[i], burial, percent, generator)
+            share = self.visible(item, burial, percent, generator)
             if share is None:
                 counts["half_covered"] += 1
                 continue
-            bundle = self.every_response(asker, items[i], share, counts)
+            bundle = self.every_response(asker, item, share, counts)
             bundles += [bundle] if bundle else []
         return self.sample(picture, bundles + self.retention(asker, record, generator), counts)
 
