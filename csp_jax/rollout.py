@@ -302,9 +302,17 @@ def make_sampler(graphdef: nnx.GraphDef, sampling: Sampling, *, dtype: jnp.dtype
 
     `state` is what `nnx.split` gave beside the graph (a tuple where it gave several), sharded or not; `dtype` that of
     the computation: softmax and logits are float32 always. What a sample says depends on its prompt and its seed, not
-    on its place, its neighbours or the batch.
+    on its place, its neighbours or the batch. ValueError: a batch on the host with several prompts in a row.
     """
-    return functools.partial(sample_batch, graphdef, sampling, jnp.dtype(dtype))
+
+    def sampler(state: Any, batch: Batch, seeds: Any) -> Samples:
+        if isinstance(batch.prompt_segment, np.ndarray) and np.any(batch.prompt_segment > 1):
+            raise ValueError("a row holds several prompts: pack them with share_rows=False")
+        if not isinstance(seeds, jax.Array):
+            seeds = np.asarray(seeds, np.uint32)
+        return sample_batch(graphdef, sampling, jnp.dtype(dtype), state, batch, seeds)
+
+    return sampler
 
 
 def end_token(family: HostFamily) -> int:

@@ -116,6 +116,15 @@ def _concat_tables(tables: tuple[Tables, Tables]) -> Tables:
     return tuple(jnp.concatenate([prompt, branch], 1) for prompt, branch in zip(*tables, strict=True))
 
 
+def _put(memory: KeysValues, new: tuple[Array, Array], start: tuple[Array | int, ...]) -> KeysValues:
+    """A memory with one layer's new keys and values written from `start` on (zeros where it ends)."""
+
+    def put(all: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice(all, new[None], (*start, *[0] * (all.ndim - len(start))))
+
+    return put(memory[0], new[0]), put(memory[1], new[1])
+
+
 class Decoder(nnx.Module):
     """Embeddings, layers, final norm and vocabulary head."""
 
@@ -197,15 +206,14 @@ class Decoder(nnx.Module):
         def call(layer: Layer, carry: tuple[Array, KeysValues, Array]) -> tuple[Array, KeysValues, Array]:
             hidden, memory, number = carry
             hidden, new = self._layer(layer, hidden, layout, joint)
-            return hidden, jax.tree.map(lambda all, own: all.at[number].set(own), memory, new), number + 1
+            return hidden, _put(memory, new, (number,)), number + 1
 
         carry = (hidden, memory, jnp.zeros((), jnp.int32))
         if self.layers is not None:
             carry = scan_layers(self.layers, carry, call)
         hidden, memory, number = carry
         read, new = self._last(hidden, layout, joint, target_parent)
-        memory = jax.tree.map(lambda all, own: all.at[number].set(own), memory, new)
-
+        memory = _put(memory, new, (number,))
         groups, length = layout.groups, branch.shape[1] // layout.groups
         k, v = memory
         split = (*k.shape[:2], groups, length, *k.shape[3:])
@@ -235,8 +243,8 @@ class Decoder(nnx.Module):
             hidden, own, number = carry
             normed = layer.attention_norm(hidden)
             q = layer.attention.queries(normed, tables)[:, :, None]
-            new = layer.attention.keys_values(normed, tables)
-            own = jax.tree.map(lambda all, one: all.at[number, :, :, place].set(one), own, new)
+            k, v = layer.attention.keys_values(normed, tables)
+            own = _put(own, (k[:, :, None], v[:, :, None]), (number, 0, 0, place))
             of_prompt, of_own = ((k[number], v[number]) for k, v in (prompt, own))
             out = attend_tree(q, of_prompt, of_own, *masks)[:, :, 0]
             return layer.feed_forward(hidden + layer.attention.project(out)), own, number + 1

@@ -26,7 +26,7 @@ from csp_jax.world.tokenizer import build_tokenizer
 
 pytestmark = pytest.mark.slow
 
-WORLD = WorldConfig(statistics_scenes=50)
+WORLD = WorldConfig(statistics_scenes=100)
 ASKED = ("Is there a dog in the image?", "How many cats are there?", "Is it large?")
 Lines = list[dict[str, Any]]
 Command = Callable[..., Lines]

@@ -200,3 +200,9 @@ def test_a_state_in_parts(model, asked, said):
     graphdef, first, second = nnx.split(model, lambda path, value: "decoder" in path, ...)
     found = make_sampler(graphdef, DRAWN)((first, second), in_a_batch("llava", asked), SEEDS)
     np.testing.assert_array_equal(found.tokens, said.tokens)
+
+
+def test_rows_of_several_prompts_are_refused(model, asked):
+    shared = pack(shape("llava", 1), asked[:2])
+    with pytest.raises(ValueError, match="several prompts"):
+        make_sampler(nnx.split(model)[0], DRAWN)(nnx.state(model), shared, SEEDS[:1])
