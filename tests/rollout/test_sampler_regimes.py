@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from sampler_runs import answered, sample
-from tiny import pack
+from tiny import jitted_score, pack
 from tiny_families import WORDS, family_model
 
 from csp_jax.data.batch import Batch, Shape
 from csp_jax.data.batch import Sample as Prompt
-from csp_jax.losses.logprobs import head_log_probs, score
+from csp_jax.losses.logprobs import head_log_probs
 from csp_jax.models.attention import tree_layout
 from csp_jax.models.interface import Places, VisionLanguageModel
 from csp_jax.models.internvl2 import InternVL2
@@ -50,27 +51,26 @@ def flat(asked: Sequence[Prompt], said: Samples | None = None) -> Batch:
     return pack(shape, answered(asked, said), share_rows=False)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run_whole(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, lengths: jax.Array) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+    layout = tree_layout(batch.prompt_segment, batch.parent, batch.groups)
+    positions, following = model.positions(batch)
+    branch = jnp.take_along_axis(following, layout.root, axis=1) + layout.depth - 1
+    of_prompt = jnp.broadcast_to(lengths[:, :1], positions.shape)
+    places = Places(positions, branch, of_prompt, jnp.take_along_axis(lengths, layout.depth, axis=1))
+    hidden = model.hidden_states(batch, model.embed_prompt(batch, None), places=places)
+    return head_log_probs(hidden, model.decoder.head_kernel(), batch.target_token).log_probs
+
+
 def whole(model: VisionLanguageModel, batch: Batch, lengths: np.ndarray) -> np.ndarray:
     """Log-probabilities [rows, samples, tokens] of whole sequences, without any memory: `lengths` [rows, 1 + TOKENS]
     are those that count for a row's prompt and for each of its samples' tokens."""
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def run(state: nnx.State, batch: Batch, lengths: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, state)
-        layout = tree_layout(batch.prompt_segment, batch.parent, batch.groups)
-        positions, following = model.positions(batch)
-        branch = jnp.take_along_axis(following, layout.root, axis=1) + layout.depth - 1
-        of_prompt = jnp.broadcast_to(lengths[:, :1], positions.shape)
-        places = Places(positions, branch, of_prompt, jnp.take_along_axis(lengths, layout.depth, axis=1))
-        hidden = model.hidden_states(batch, model.embed_prompt(batch, None), places=places)
-        return head_log_probs(hidden, model.decoder.head_kernel(), batch.target_token).log_probs
-
-    return np.asarray(run(state, batch, jnp.asarray(lengths))).reshape(3, SAMPLES, TOKENS)
+    return np.asarray(run_whole(*nnx.split(model), batch, lengths)).reshape(3, SAMPLES, TOKENS)
 
 
 def scored(model: VisionLanguageModel, batch: Batch) -> np.ndarray:
-    return np.asarray(score(model, batch, None).log_probs).reshape(3, SAMPLES, TOKENS)
+    return np.asarray(jitted_score(model, batch, None).log_probs).reshape(3, SAMPLES, TOKENS)
 
 
 def test_generation_keeps_what_was_read(model):
