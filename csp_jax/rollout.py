@@ -248,11 +248,10 @@ class _Reader:
         rows, size = self.batch.prompt_segment.shape
         room = self.room
         fed = said.samples.tokens[:, :, :room].reshape(rows, -1)
-        before = size + jnp.arange(self.count * room).reshape(self.count, room) - 1
-        first = jnp.broadcast_to(self.start.last[:, None, None], (rows, self.count, 1))
-        parent = jnp.concatenate([first, jnp.broadcast_to(before[:, 1:], (rows, self.count, room - 1))], axis=2)
-        parent = parent.reshape(rows, -1)
-        _, *new = self._read(fed, parent, self.count, parent[:, ::room], length)
+        before = size + jnp.arange(self.count * room).reshape(1, self.count, room) - 1
+        parent = jnp.broadcast_to(before, (rows, self.count, room)).at[:, :, 0].set(self.start.last[:, None])
+        nowhere = parent[:, :, 0]  # nothing is read from there: only the memories are wanted
+        _, *new = self._read(fed, parent.reshape(rows, -1), self.count, nowhere, length)
 
         def choose(new: Array, old: Array) -> Array:
             return jnp.where(crossing.reshape(1, -1, *[1] * (old.ndim - 2)), new, old)

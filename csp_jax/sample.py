@@ -38,12 +38,12 @@ _EXAMPLE = '{"id": "q1", "image": "photo.jpg", "question": "Is there a dog?"}'
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question about one picture; `name` is what errors call the picture."""
+    """A question about one picture; `image_id` is the record's, or the path as the file gives it."""
 
     id: str
     question: str
     image: bytes | Path
-    name: str
+    image_id: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _question(line: str, place: str, folder: Path) -> Question:
     for field in ("id", "image", "question"):
         if not isinstance(row.get(field), str) or not row[field]:
             raise UserError("must be a text", file=place, field=field, value=row.get(field), mend=mend)
-    return Question(row["id"], row["question"], folder / row["image"], str(folder / row["image"]))
+    return Question(row["id"], row["question"], folder / row["image"], row["image"])
 
 
 def sample_seed(seed: int, question: str, number: int) -> int:
@@ -112,7 +112,8 @@ class Answerer:
 
     def prompt(self, question: Question) -> Sample:
         """The question as the model is asked it."""
-        picture = show(self.family, open_image(question.image, question.name))
+        name = str(question.image) if isinstance(question.image, Path) else question.image_id
+        picture = show(self.family, open_image(question.image, name))
         slots = (self.family.image_tokens(picture.canvas),)
         encoded = self.family.encode(self.prompts.ask(question.question), None, slots)
         return check_slots(self.family, Sample(encoded.tokens, (picture,), ()))
@@ -129,10 +130,10 @@ class Answerer:
         batch, seeds = put_batch(packer.batch, self.mesh, leading=0), put_batch(seeds, self.mesh, leading=0)
         return self._sampler(self._state, batch, seeds)
 
-    def lines(self, asked: Sequence[Question], samples: Samples) -> Iterator[Line]:
+    def lines(self, questions: Sequence[Question], samples: Samples) -> Iterator[Line]:
         """What is written for each question."""
         said: Samples = jax.device_get(samples)
-        for row, question in enumerate(asked):
+        for row, question in enumerate(questions):
             answers = []
             for number, length in enumerate(said.length[row].tolist()):
                 tokens = said.tokens[row, number, :length].tolist()
@@ -145,8 +146,8 @@ class Answerer:
                         "ended": bool(said.stopped[row, number]),
                     }
                 )
-            setting = dataclasses.asdict(self.setting)
-            yield {"id": question.id, "question": question.question, "answers": answers, "sampling": setting}
+            asked = {"id": question.id, "image_id": question.image_id, "question": question.question}
+            yield {**asked, "answers": answers, "sampling": dataclasses.asdict(self.setting)}
 
 
 def sample_file(

@@ -67,6 +67,7 @@ def test_answers_are_written_whatever_the_batches(ground, command, tmp_path):
     assert [(line["id"], line["question"]) for line in lines] == [(f"q{n}", q) for n, q in enumerate(ASKED)]
     family = open_family(ground / "checkpoint")
     end = family.tokenizer.token_to_id(family.end_of_answer)
+    assert [line["image_id"] for line in lines] == ["0.png", "1.png", "2.png"]
     for answer in (answer for line in lines for answer in line["answers"]):
         assert 1 <= len(answer["tokens"]) == len(answer["log_probs"]) <= 5
         assert answer["ended"] == (answer["tokens"][-1] == end)
