@@ -281,6 +281,44 @@ def ask(
 
 
 @app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="a checkpoint folder, or `world`")],
+    source: Annotated[Path, typer.Argument(help='a data set\'s folder, or lines of {"id", "image", "question"}')],
+    out: Annotated[Path, typer.Argument(help="the file of answers, one JSON object a question")],
+    split: Annotated[str, typer.Option(help="of a data set")] = "test",
+    limit: Annotated[int, typer.Option(min=0, help="questions; 0: all")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="answers to each question")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of an answer")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="draw from the likeliest tokens; 0: from all")] = 0,
+    top_p: Annotated[float, typer.Option(help="draw from the likeliest tokens of this total probability")] = 1.0,
+    seed: Annotated[int, typer.Option(help="another one gives other answers")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="questions in a batch")] = 8,
+    dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
+    prompts: PromptsFile = "",
+) -> None:
+    """Sample answers to questions about pictures; the same command goes on after an interruption."""
+    from itertools import islice
+
+    from rich.progress import Progress
+
+    from csp_jax.sample import Answerer, Setting, questions, sample_file
+    from csp_jax.train.loop import checkpoint_folder, read_prompts
+
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError("no such precision", field="--dtype", value=dtype, mend="Use float32 or bfloat16")
+    _configure_jax()
+    asked = list(islice(questions(source, split), limit or None))
+    wanted = read_prompts(prompts).answer
+    setting = Setting(model, samples, seed, max_tokens, temperature, top_k, top_p, wanted, dtype)
+    answerer = Answerer(checkpoint_folder(model), setting, rows)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("batches", total=None)
+        now = sample_file(answerer, asked, out, lambda done, total: bar.update(task, completed=done, total=total))
+    typer.echo(f"{samples} answers to each of {len(asked)} questions ({now} of them answered now): {out}")
+
+
+@app.command()
 def metrics(
     file: Annotated[Path, typer.Argument(help='lines of {"id", "confidence", "correct"}')],
     bins: Annotated[int, typer.Option(help="bins of equal width")] = 10,

@@ -1,49 +1,341 @@
-"""Sampling from a model: what it says after a prompt."""
+"""The sampler: the prompt is read once, then all samples of all rows are said token by token in one compiled loop.
+
+The keys and values of a prompt are computed once a row and shared by its samples; each sample adds its own. The loop
+ends when every sample has stopped or has its tokens, without asking the host.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Int
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from csp_jax.data.batch import Batch, Branch, Packer, Picture, Sample, Shape
+from csp_jax.data.batch import Batch, Packer, Picture, Sample, Shape
+from csp_jax.data.buckets import bucket
+from csp_jax.errors import UserError
 from csp_jax.families.interface import HostFamily
-from csp_jax.losses.logprobs import score
-from csp_jax.models.interface import VisionLanguageModel
+from csp_jax.losses.logprobs import head_logits
+from csp_jax.models.attention import prompt_visible, tree_layout
+from csp_jax.models.decoder import KeysValues, Tables
+from csp_jax.models.interface import Start, VisionLanguageModel
 from csp_jax.perturb import to_canvas
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _continue_greedily(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> Int[Array, " tokens"]:
-    """The most likely token at every step of one chain; the tokens after the step are padding that nobody sees."""
-    model = nnx.merge(graphdef, state)
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; each value is compiled in.
+
+    `temperature` 0 says the likeliest token. `top_k` (0: all) keeps the likeliest tokens, `top_p` of what is left
+    the likeliest whose probabilities sum to it or just more. A sample ends behind one of the tokens `stop`.
+
+    `prefill_again` matters where rotary frequencies depend on the length, when a sequence grows into another regime:
+    False keeps what was read before as it was read, which is how the originals generate; True reads prompt and sample
+    again under the new regime, so that each token's log-probability is that of `score` for the sequence up to it.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop: tuple[int, ...] = ()
+    prefill_again: bool = False
+
+    def __post_init__(self) -> None:
+        for field, good, mend in (
+            ("max_tokens", self.max_tokens >= 1, "Use 1 or more"),
+            ("temperature", self.temperature >= 0, "Use 0 (the likeliest token) or more"),
+            ("top_k", self.top_k >= 0, "Use 0 (all tokens) or more"),
+            ("top_p", 0 < self.top_p <= 1, "Use more than 0 and at most 1"),
+        ):
+            if not good:
+                raise UserError("out of range", field=f"sampling.{field}", value=getattr(self, field), mend=mend)
+
+
+@struct.dataclass
+class Samples:
+    """What was said. The token that ended a sample is its last one; what lies behind `length` is zeros.
+
+    `log_probs` are those of the model itself (log-softmax of its logits, natural, what `losses.logprobs.score` gives),
+    whatever the temperature; `drawn_log_probs` those of the distribution that the tokens were drawn from, after
+    temperature, top-k and top-p (0 when greedy).
+    """
+
+    tokens: Int[Array, "batch samples tokens"]
+    log_probs: Float[Array, "batch samples tokens"]
+    drawn_log_probs: Float[Array, "batch samples tokens"]
+    length: Int[Array, "batch samples"]
+    stopped: Bool[Array, "batch samples"]  # by a token of `stop`, not by `max_tokens`
+
+    @property
+    def weight(self) -> Float[Array, "batch samples tokens"]:
+        """1 for what was said, 0 for padding."""
+        return (jnp.arange(self.tokens.shape[-1]) < self.length[..., None]).astype(jnp.float32)
+
+
+# --- which token -----------------------------------------------------------------------------------------------------
+
+
+def keep_top_k(logits: Float[Array, "... vocab"], count: int) -> Float[Array, "... vocab"]:
+    """Logits below the `count`-th largest are -inf; of equals all stay."""
+    least = jax.lax.top_k(logits, min(count, logits.shape[-1]))[0][..., -1:]
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def keep_top_p(logits: Float[Array, "... vocab"], share: float) -> Float[Array, "... vocab"]:
+    """A token stays if the likelier ones have less than `share` of the probability; of equals all stay."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    above = jnp.cumsum(probabilities, axis=-1) - probabilities
+    least = jnp.min(jnp.where(above < share, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def drawn_from(logits: Float[Array, "... vocab"], sampling: Sampling) -> Float[Array, "... vocab"]:
+    """Logits of the distribution that tokens are drawn from (temperature above 0)."""
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        logits = keep_top_k(logits, sampling.top_k)
+    return keep_top_p(logits, sampling.top_p) if sampling.top_p < 1 else logits
+
+
+def draw(
+    logits: Float[Array, "batch samples vocab"],
+    seeds: UInt32[Array, "batch samples"],
+    number: Int[Array, ""],
+    sampling: Sampling,
+) -> tuple[Int[Array, "batch samples"], Float[Array, "batch samples"], Float[Array, "batch samples"]]:
+    """Token `number` of every sample, its log-probability, and that under the distribution it was drawn from.
+
+    The random key depends on the sample's seed and the token's number alone.
+    """
+
+    def picked(logits: Array, tokens: Array) -> Array:
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+
+    logits = jnp.broadcast_to(logits, (*seeds.shape, logits.shape[-1]))
+    if sampling.temperature == 0:
+        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return tokens, picked(logits, tokens), jnp.zeros(seeds.shape)
+    kept = drawn_from(logits, sampling)
+    keys = jax.vmap(jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), number)))(seeds)
+    tokens = jax.vmap(jax.vmap(jax.random.categorical))(keys, kept).astype(jnp.int32)
+    return tokens, picked(logits, tokens), picked(kept, tokens)
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class _Said:
+    """The loop's state: `number` tokens of each sample are there; the last of them is still to be fed."""
+
+    number: Int[Array, ""]
+    samples: Samples
+    done: Bool[Array, "batch samples"]
+    prompt: KeysValues
+    own: KeysValues
+
+
+def _add(said: _Said, logits: Array, seeds: Array, sampling: Sampling) -> _Said:
+    """One more token of every sample that goes on."""
+    tokens, *log_probs = draw(logits, seeds, said.number, sampling)
+    goes_on = ~said.done
+    samples = said.samples
+
+    def put(values: Array, new: Array) -> Array:
+        return values.at[:, :, said.number].set(jnp.where(goes_on, new, 0).astype(values.dtype))
+
+    stopped = goes_on & jnp.isin(tokens, jnp.array(sampling.stop, jnp.int32))
+    samples = Samples(
+        tokens=put(samples.tokens, tokens),
+        log_probs=put(samples.log_probs, log_probs[0]),
+        drawn_log_probs=put(samples.drawn_log_probs, log_probs[1]),
+        length=samples.length + goes_on,
+        stopped=samples.stopped | stopped,
+    )
+    return _Said(said.number + 1, samples, said.done | stopped, said.prompt, said.own)
+
+
+def generate(
+    model: VisionLanguageModel,
+    batch: Batch,
+    prompt: Float[Array, "batch prompt width"],
+    seeds: UInt32[Array, "batch samples"],
+    sampling: Sampling,
+    *,
+    start: Start | None = None,
+) -> Samples:
+    """Continue every prompt of a batch, one a row, with as many samples as it has seeds; rows of padding say nothing.
+
+    `prompt` comes from `embed_prompt`; `start` says where positions begin, the batch's own unless given. The lengths
+    that rotary frequencies may depend on are those of generation (`VisionLanguageModel.length_of_prompt`).
+    """
+    reader = _Reader(model, batch, prompt, start or model.start(batch), seeds.shape[1], sampling)
+    head = model.decoder.head_kernel()
+    hidden, of_prompt, own = reader.prompt_alone()
+    shape = (*seeds.shape, sampling.max_tokens)
+    samples = Samples(
+        tokens=jnp.zeros(shape, jnp.int32),
+        log_probs=jnp.zeros(shape),
+        drawn_log_probs=jnp.zeros(shape),
+        length=jnp.zeros(seeds.shape, jnp.int32),
+        stopped=jnp.zeros(seeds.shape, bool),
+    )
+    padding = jnp.broadcast_to(~jnp.any(batch.prompt_segment > 0, axis=1)[:, None], seeds.shape)
+    said = _Said(jnp.zeros((), jnp.int32), samples, padding, of_prompt, own)
+    said = _add(said, head_logits(hidden, head), seeds, sampling)
+
+    def go_on(said: _Said) -> Array:
+        return (said.number < sampling.max_tokens) & ~jnp.all(said.done)
+
+    def feed(said: _Said) -> _Said:
+        hidden, of_prompt, own = reader.one_more(said)
+        return _add(dataclasses.replace(said, prompt=of_prompt, own=own), head_logits(hidden, head), seeds, sampling)
+
+    return jax.lax.while_loop(go_on, feed, said).samples
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """What the decoder is fed: the prompts once, then the samples token by token."""
+
+    model: VisionLanguageModel
+    batch: Batch
+    prompt: Float[Array, "batch prompt width"]
+    start: Start
+    count: int
+    sampling: Sampling
+
+    @property
+    def room(self) -> int:
+        """Tokens of a sample that may be fed: the last one never is."""
+        return max(self.sampling.max_tokens - 1, 1)
+
+    def prompt_alone(self) -> tuple[Array, KeysValues, KeysValues]:
+        """The hidden state behind each prompt [batch, 1, width], the prompt's memory, and room for the samples'."""
+        nothing = jnp.zeros((len(self.prompt), 0), jnp.int32)
+        last = self.start.last[:, None]
+        hidden, of_prompt, _ = self._read(nothing, nothing, 1, last, self.start.length)
+        room = (self.count, self.room)
+        own = jax.tree.map(lambda m: jnp.zeros((*m.shape[:2], *room, *m.shape[3:]), m.dtype), of_prompt)
+        return hidden, of_prompt, own
+
+    def one_more(self, said: _Said) -> tuple[Array, KeysValues, KeysValues]:
+        """The hidden states behind the samples' newest tokens [batch, samples, width], and both memories."""
+        place, start, model = said.number - 1, self.start, self.model
+        memory = said.prompt, said.own
+        length = start.length + place + 1
+        if model.length_dependent and self.sampling.prefill_again:
+            crossing = (model.regime(length) != model.regime(length - 1)) & ~jnp.all(said.done, axis=1)
+            memory = jax.lax.cond(jnp.any(crossing), self._again, lambda said, *_: memory, said, crossing, length)
+        elif model.length_of_prompt:
+            length = start.length
+        tables = model.rope((start.following + place)[:, None], length[:, None] if model.length_dependent else None)
+        token = jax.lax.dynamic_index_in_dim(said.samples.tokens, place, axis=2, keepdims=False)
+        visible = prompt_visible(self.batch.prompt_segment, start.last[:, None])[:, 0]
+        hidden, own = model.decoder.extend(self._embed(token), tables, *memory, visible, place)
+        return hidden, memory[0], own
+
+    def _again(self, said: _Said, crossing: Array, length: Array) -> tuple[KeysValues, KeysValues]:
+        """Both memories, read anew where a row's regime changes."""
+        rows, size = self.batch.prompt_segment.shape
+        room = self.room
+        fed = said.samples.tokens[:, :, :room].reshape(rows, -1)
+        before = size + jnp.arange(self.count * room).reshape(1, self.count, room) - 1
+        parent = jnp.broadcast_to(before, (rows, self.count, room)).at[:, :, 0].set(self.start.last[:, None])
+        nowhere = parent[:, :, 0]  # nothing is read from there: only the memories are wanted
+        _, *new = self._read(fed, parent.reshape(rows, -1), self.count, nowhere, length)
+
+        def choose(new: Array, old: Array) -> Array:
+            return jnp.where(crossing.reshape(1, -1, *[1] * (old.ndim - 2)), new, old)
+
+        return jax.tree.map(choose, tuple(new), (said.prompt, said.own))
+
+    def _read(
+        self, fed: Array, parent: Array, groups: int, target_parent: Array, length: Int[Array, " batch"]
+    ) -> tuple[Array, KeysValues, KeysValues]:
+        """Prompts and fed tokens in one pass, each row as of one length."""
+        layout = tree_layout(self.batch.prompt_segment, parent, groups)
+        positions = self.start.following[:, None] + layout.depth - 1
+
+        def tables(positions: Array) -> Tables:
+            lengths = jnp.broadcast_to(length[:, None], positions.shape[:2])
+            return self.model.rope(positions, lengths if self.model.length_dependent else None)
+
+        both = tables(self.start.prompt), tables(positions)
+        return self.model.decoder.prefill(self.prompt, self._embed(fed), layout, both, target_parent)
+
+    def _embed(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
+        return self.model.decoder.embed(tokens).astype(self.prompt.dtype)
+
+
+# --- from batches and pictures ---------------------------------------------------------------------------------------
+
+Sampler = Callable[[Any, Batch, Any], Samples]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "dtype"))
+def sample_batch(
+    graphdef: nnx.GraphDef,
+    sampling: Sampling,
+    dtype: jnp.dtype,
+    state: nnx.State | tuple[nnx.State, ...],
+    batch: Batch,
+    seeds: UInt32[Array, "batch samples"],
+) -> Samples:
+    """Pictures, prompt and samples in one program; models of one structure and batches of one shape share it."""
+    model = nnx.merge(graphdef, *(state if isinstance(state, tuple) else (state,)))
     pixels = None if batch.canvas is None else model.pixels(batch, to_canvas(batch.canvas))
-    steps = batch.target_token.shape[1]
+    return generate(model, batch, model.embed_prompt(batch, pixels, dtype=dtype), seeds, sampling)
 
-    def step(number: Array, tokens: Array) -> Array:
-        said = score(model, dataclasses.replace(batch, tokens=tokens[:, :-1]), pixels).top_token
-        return jax.lax.dynamic_update_slice(tokens, said[:, number][:, None], (0, number))
 
-    return jax.lax.fori_loop(0, steps, step, jnp.zeros((1, steps), jnp.int32))[0]
+def make_sampler(graphdef: nnx.GraphDef, sampling: Sampling, *, dtype: jnp.dtype = jnp.float32) -> Sampler:
+    """`sampler(state, batch, seeds) -> Samples`: one prompt a row, a sample for each of its seeds [batch, samples].
+
+    `state` is what `nnx.split` gave beside the graph (a tuple where it gave several), sharded or not; `dtype` that of
+    the computation: softmax and logits are float32 always. What a sample says depends on its prompt and its seed, not
+    on its place, its neighbours or the batch. ValueError: a batch on the host with several prompts in a row.
+    """
+
+    def sampler(state: Any, batch: Batch, seeds: Any) -> Samples:
+        if isinstance(batch.prompt_segment, np.ndarray) and np.any(batch.prompt_segment > 1):
+            raise ValueError("a row holds several prompts: pack them with share_rows=False")
+        if not isinstance(seeds, jax.Array):
+            seeds = np.asarray(seeds, np.uint32)
+        return sample_batch(graphdef, sampling, jnp.dtype(dtype), state, batch, seeds)
+
+    return sampler
+
+
+def end_token(family: HostFamily) -> int:
+    """The token that ends an answer."""
+    found = family.tokenizer.token_to_id(family.end_of_answer)
+    if found is None:
+        mend = "config.json and the tokenizer's files must be of one checkpoint"
+        raise UserError(
+            "the tokenizer lacks the end mark", file=family.directory, value=family.end_of_answer, mend=mend
+        )
+    return found
 
 
 def greedy_answer(
     model: VisionLanguageModel, family: HostFamily, picture: Picture, question: str, *, most: int = 32
 ) -> str:
     """What a model answers to a question about one picture: greedy text up to the end mark, at most `most` tokens."""
-    slots = (family.image_tokens(picture.canvas),)
-    prompt = family.encode(question, None, slots).tokens
-    chain = Branch((0,) * most, (1.0,) * most)
+    prompt = family.encode(question, None, (family.image_tokens(picture.canvas),)).tokens
     cell = picture.cell or picture.canvas.shape[:2]
-    shape = Shape(1, -(-len(prompt) // 16) * 16, 1, most - 1, most, 1, 1, cell, picture.cells)
-    packer = Packer(shape)
-    packer.add(Sample(prompt, (picture,), ((chain,),)))
-    tokens = np.asarray(_continue_greedily(*nnx.split(model), packer.batch)).tolist()
-    end = family.tokenizer.token_to_id(family.end_of_answer)
-    kept = tokens[: tokens.index(end)] if end in tokens else tokens
-    return family.tokenizer.decode(kept).strip()
+    packer = Packer(Shape(1, bucket(len(prompt)), 0, 0, 0, 0, 1, cell, picture.cells))
+    packer.add(Sample(prompt, (picture,), ()))
+    end = end_token(family)
+    graphdef, state = nnx.split(model)
+    sampler = make_sampler(graphdef, Sampling(most, temperature=0, stop=(end,)))
+    samples = sampler(state, packer.batch, np.zeros((1, 1), np.uint32))
+    said = np.asarray(samples.tokens)[0, 0, : int(samples.length[0, 0])].tolist()
+    return family.tokenizer.decode([token for token in said if token != end]).strip()

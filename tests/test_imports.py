@@ -22,7 +22,7 @@ ORDER = (
     ("losses",),
     ("train",),
     ("rollout", "rewards", "calibration"),
-    ("evaluate", "report", "plan", "results", "parity"),
+    ("evaluate", "report", "plan", "results", "parity", "sample"),
     ("ask", "demo"),
     ("cli", "__main__"),
 )

@@ -21,6 +21,11 @@ class Scores:
     top_token: Int[Array, "batch targets"]
 
 
+def head_logits(hidden: Float[Array, "... width"], kernel: Float[Array, "width vocab"]) -> Float[Array, "... vocab"]:
+    """The vocabulary head, in float32 whatever the precision of what goes in."""
+    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
 def head_log_probs(
     hidden: Float[Array, "batch targets width"],
     kernel: Float[Array, "width vocab"],
@@ -34,7 +39,7 @@ def head_log_probs(
 
     def score(part: tuple[Array, Array]) -> tuple[Array, Array]:
         states, targets = part
-        logits = jnp.matmul(states, kernel.astype(states.dtype), preferred_element_type=jnp.float32)
+        logits = head_logits(states, kernel)
         picked = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
         return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1).astype(jnp.int32)
 

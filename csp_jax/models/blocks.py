@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 Stacked = TypeVar("Stacked", bound=nnx.Module)
+Carry = TypeVar("Carry")
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype: jnp.dtype) -> Array:
@@ -147,14 +148,14 @@ def stack_layers(make: Callable[[nnx.Rngs], Stacked], count: int, rngs: nnx.Rngs
 
 def scan_layers(
     layers: Stacked,
-    carry: Array,
-    call: Callable[[Stacked, Array], Array],
+    carry: Carry,
+    call: Callable[[Stacked, Carry], Carry],
     remat: Callable | None = None,
-) -> Array:
+) -> Carry:
     """Run stacked layers one after another: `carry = call(layer, carry)`; `remat` wraps the body."""
     graphdef, state = nnx.split(layers)
 
-    def body(carry: Array, state: nnx.State) -> tuple[Array, None]:
+    def body(carry: Carry, state: nnx.State) -> tuple[Carry, None]:
         return call(nnx.merge(graphdef, state), carry), None
 
     return jax.lax.scan(remat(body) if remat else body, carry, state)[0]

@@ -2,6 +2,9 @@
 
 All layers but the last are scanned. The last stands apart: only the hidden states from which a target is read
 are computed there, so the prompt costs it no more than its keys and values.
+
+What is said token by token remembers keys and values: `prefill` is the whole pass that keeps them, `extend` feeds
+one more token to every continuation of a prompt.
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from csp_jax.models.attention import Layout, attend, attend_tree, rotate
 from csp_jax.models.blocks import Embedding, GatedMlp, Linear, RMSNorm, scan_layers, stack_layers
 from csp_jax.models.checkpoint_map import SAME, Tensor, linear
 
 Tables = tuple[Array, ...]  # rotary cosines and sines; as a third, where the family has it, the queries' scale
+KeysValues = tuple[Array, Array]  # of all layers: [layers, batch, ..., kv_heads, dim], the last layer last
 INIT_SCALE = 0.02
 
 
@@ -112,6 +116,15 @@ def _concat_tables(tables: tuple[Tables, Tables]) -> Tables:
     return tuple(jnp.concatenate([prompt, branch], 1) for prompt, branch in zip(*tables, strict=True))
 
 
+def _put(memory: KeysValues, new: tuple[Array, Array], start: tuple[Array | int, ...]) -> KeysValues:
+    """A memory with one layer's new keys and values written from `start` on (zeros where it ends)."""
+
+    def put(all: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice(all, new[None], (*start, *[0] * (all.ndim - len(start))))
+
+    return put(memory[0], new[0]), put(memory[1], new[1])
+
+
 class Decoder(nnx.Module):
     """Embeddings, layers, final norm and vocabulary head."""
 
@@ -167,13 +180,83 @@ class Decoder(nnx.Module):
         joint = _concat_tables(tables)
 
         def call(layer: Layer, hidden: Array) -> Array:
-            return self._layer(layer, hidden, layout, joint)
+            return self._layer(layer, hidden, layout, joint)[0]
 
         if self.layers is not None:
             hidden = scan_layers(self.layers, hidden, call, remat)
-        return self.norm(self._last(hidden, layout, joint, target_parent))
+        return self.norm(self._last(hidden, layout, joint, target_parent)[0])
 
-    def _layer(self, layer: Layer, hidden: Array, layout: Layout, tables: Tables) -> Array:
+    def prefill(
+        self,
+        prompt: Float[Array, "batch prompt width"],
+        branch: Float[Array, "batch branch width"],
+        layout: Layout,
+        tables: tuple[Tables, Tables],
+        target_parent: Int[Array, "batch targets"],
+    ) -> tuple[Float[Array, "batch targets width"], KeysValues, KeysValues]:
+        """As `__call__`; and the keys and values of the prompt, and those of the branch tokens.
+
+        They are [layers, batch, prompt, kv_heads, dim] and [layers, batch, groups, length, kv_heads, dim].
+        """
+        hidden, joint = jnp.concatenate([prompt, branch], axis=1), _concat_tables(tables)
+        config, size = self.config, prompt.shape[1]
+        shape = (config.num_layers, *hidden.shape[:2], config.num_kv_heads, config.head_dim)
+        memory = (jnp.zeros(shape, hidden.dtype), jnp.zeros(shape, hidden.dtype))
+
+        def call(layer: Layer, carry: tuple[Array, KeysValues, Array]) -> tuple[Array, KeysValues, Array]:
+            hidden, memory, number = carry
+            hidden, new = self._layer(layer, hidden, layout, joint)
+            return hidden, _put(memory, new, (number,)), number + 1
+
+        carry = (hidden, memory, jnp.zeros((), jnp.int32))
+        if self.layers is not None:
+            carry = scan_layers(self.layers, carry, call)
+        hidden, memory, number = carry
+        read, new = self._last(hidden, layout, joint, target_parent)
+        memory = _put(memory, new, (number,))
+        groups, length = layout.groups, branch.shape[1] // layout.groups
+        k, v = memory
+        split = (*k.shape[:2], groups, length, *k.shape[3:])
+        return (
+            self.norm(read),
+            (k[:, :, :size], v[:, :, :size]),
+            (k[:, :, size:].reshape(split), v[:, :, size:].reshape(split)),
+        )
+
+    def extend(
+        self,
+        tokens: Float[Array, "batch groups width"],
+        tables: Tables,
+        prompt: KeysValues,
+        own: KeysValues,
+        prompt_mask: Bool[Array, "batch prompt"],
+        place: Int[Array, ""],
+    ) -> tuple[Float[Array, "batch groups width"], KeysValues]:
+        """Normed hidden states of one more token a continuation, and its keys and values at `place` of `own`.
+
+        `prompt` and `own` are what `prefill` gave; `tables` are those of the tokens [batch, 1 or groups, half].
+        """
+        length = own[0].shape[3]
+        masks = prompt_mask[:, None, None], (jnp.arange(length) <= place)[None, None, None]
+
+        def call(layer: Layer, carry: tuple[Array, KeysValues, Array]) -> tuple[Array, KeysValues, Array]:
+            hidden, own, number = carry
+            normed = layer.attention_norm(hidden)
+            q = layer.attention.queries(normed, tables)[:, :, None]
+            k, v = layer.attention.keys_values(normed, tables)
+            own = _put(own, (k[:, :, None], v[:, :, None]), (number, 0, 0, place))
+            of_prompt, of_own = ((k[number], v[number]) for k, v in (prompt, own))
+            out = attend_tree(q, of_prompt, of_own, *masks)[:, :, 0]
+            return layer.feed_forward(hidden + layer.attention.project(out)), own, number + 1
+
+        carry = (tokens, own, jnp.zeros((), jnp.int32))
+        if self.layers is not None:
+            carry = scan_layers(self.layers, carry, call)
+        hidden, own, _ = call(self.last, carry)
+        return self.norm(hidden), own
+
+    def _layer(self, layer: Layer, hidden: Array, layout: Layout, tables: Tables) -> tuple[Array, tuple[Array, Array]]:
+        """Hidden states behind a layer, and its keys and values."""
         size = layout.prompt_mask.shape[-1]
         normed = layer.attention_norm(hidden)
         q = layer.attention.queries(normed, tables)
@@ -189,9 +272,12 @@ class Decoder(nnx.Module):
                 layout.ancestors,
             )
             out = jnp.concatenate([out, tree.reshape(q[:, size:].shape)], axis=1)
-        return layer.feed_forward(hidden + layer.attention.project(out))
+        return layer.feed_forward(hidden + layer.attention.project(out)), (k, v)
 
-    def _last(self, hidden: Array, layout: Layout, tables: Tables, target_parent: Array) -> Array:
+    def _last(
+        self, hidden: Array, layout: Layout, tables: Tables, target_parent: Array
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """Hidden states of the targets' parents behind the last layer, and its keys and values."""
         layer = self.last
         size, groups = layout.prompt_mask.shape[-1], layout.groups
         normed = layer.attention_norm(hidden)
@@ -208,7 +294,7 @@ class Decoder(nnx.Module):
             _split_groups(branch_mask, groups),
         )
         residual = jnp.take_along_axis(hidden, at, 1)
-        return layer.feed_forward(residual + layer.attention.project(out.reshape(q.shape)))
+        return layer.feed_forward(residual + layer.attention.project(out.reshape(q.shape))), (k, v)
 
 
 def target_masks(layout: Layout, target_parent: Int[Array, "batch targets"]) -> tuple[Array, Array]:

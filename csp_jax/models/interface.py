@@ -35,6 +35,19 @@ class Places:
     branch_length: Int[Array, "batch branch"] | None = None
 
 
+@struct.dataclass
+class Start:
+    """Where what is said begins: the prompts' positions, and behind each prompt's last token the next position.
+
+    `last`: index of that token. `length`: of the prompt, as families count it whose frequencies depend on it.
+    """
+
+    prompt: Int[Array, "batch prompt *axes"]
+    last: Int[Array, " batch"]
+    following: Int[Array, " batch"]
+    length: Int[Array, " batch"]
+
+
 class VisionLanguageModel(nnx.Module, abc.ABC):
     """A family's model. `image_token` marks the prompt slots that image features fill in reading order."""
 
@@ -94,6 +107,10 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
     ) -> Tables:
         """Rotary cosines and sines of positions; `lengths` are those of the tokens' sequences (see `Places`)."""
 
+    def regime(self, lengths: Int[Array, "..."]) -> Float[Array, "..."]:
+        """What a sequence's length chooses in the rotary frequencies, in evaluation (see `HostFamily.regime`)."""
+        return jnp.zeros(lengths.shape)
+
     def hidden_states(
         self,
         batch: Batch,
@@ -138,6 +155,14 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
         """Position of each prompt token within its segment, and the position of what follows it."""
         positions = segment_positions(batch.prompt_segment)
         return positions, positions + 1
+
+    def start(self, batch: Batch) -> Start:
+        """Where the continuations of a batch's prompts begin, one prompt a row, padded on either side."""
+        positions, following = self.positions(batch)
+        size = following.shape[1]
+        last = size - 1 - jnp.argmax(batch.prompt_segment[:, ::-1] > 0, axis=1)
+        next_position = jnp.take_along_axis(following, last[:, None], axis=1)[:, 0]
+        return Start(positions, last, next_position, next_position)
 
     def rope_tables(
         self, batch: Batch, layout: Layout, places: Places | None = None, *, train: bool = False

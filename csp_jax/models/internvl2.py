@@ -180,6 +180,10 @@ class InternVL2(VisionLanguageModel):
 
         return each_cell(encode, pixels)
 
+    def regime(self, lengths: Int[Array, "..."]) -> Float[Array, "..."]:
+        stretched = bool(self.config.ntk_factor) & (lengths > self.config.trained_length)
+        return stretched.astype(jnp.float32)
+
     def rope(
         self,
         positions: Int[Array, "batch tokens"],

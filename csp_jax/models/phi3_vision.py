@@ -180,6 +180,9 @@ class Phi3Vision(VisionLanguageModel):
         feature = jnp.where(in_crops, crop, own(last)) * side**2 + (y % side) * side + x % side
         return jnp.where(behind == 0, 1, jnp.where(x == width, 0, 2 + feature))
 
+    def regime(self, lengths: Int[Array, "..."]) -> Float[Array, "..."]:
+        return (lengths > self.config.rope.trained_length).astype(jnp.float32)
+
     def rope(
         self,
         positions: Int[Array, "batch tokens"],
@@ -190,7 +193,7 @@ class Phi3Vision(VisionLanguageModel):
         rope, text = self.config.rope, self.config.text
         if lengths is None:
             lengths = positions + 1
-        long = (lengths > rope.trained_length)[..., None]
+        long = (self.regime(lengths) > 0)[..., None]
         factors = jnp.where(long, jnp.asarray(rope.long, jnp.float32), jnp.asarray(rope.short, jnp.float32))
         angle = positions[..., None].astype(jnp.float32) * rope_frequencies(text.head_dim, text.rope_theta) / factors
         return jnp.cos(angle) * rope.scale, jnp.sin(angle) * rope.scale

@@ -185,6 +185,15 @@ class QwenVL(VisionLanguageModel):
     ) -> Float[Array, "batch features width"]:
         return each_cell(lambda cells: self.vision(cells, remat), pixels)
 
+    def regime(self, lengths: Int[Array, "..."]) -> Float[Array, "..."]:
+        """`max(2^ceil(log2(length / trained) + 1) - 1, 1)`, in whole numbers: the doublings that reach the length."""
+        if not self.config.dynamic_ntk:
+            return jnp.ones(lengths.shape)
+        doublings = jnp.arange(32)
+        reach = self.config.trained_length * 2.0**doublings
+        count = jnp.sum(lengths[..., None] > reach, axis=-1)
+        return jnp.maximum(2.0 ** (count + 1) - 1, 1.0).astype(jnp.float32)
+
     def rope(
         self,
         positions: Int[Array, "batch tokens"],
@@ -194,20 +203,13 @@ class QwenVL(VisionLanguageModel):
     ) -> Tables:
         config, text = self.config, self.config.text
         theta: float | Array = text.rope_theta
-        if config.dynamic_ntk and lengths is not None and not train:
-            theta = theta * self._alpha(lengths) ** (text.head_dim / (text.head_dim - 2))
+        if lengths is not None and not train:
+            theta = theta * self.regime(lengths) ** (text.head_dim / (text.head_dim - 2))
         tables = rope_tables(positions, text.head_dim, theta)
         if not config.logn_attention or train:
             return tables
         place = jnp.maximum(positions + 1, config.trained_length).astype(jnp.float32)
         return *tables, (jnp.log(place) / math.log(config.trained_length))[..., None]
-
-    def _alpha(self, lengths: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens"]:
-        """`max(2^ceil(log2(length / trained) + 1) - 1, 1)`, in whole numbers: the doublings that reach the length."""
-        doublings = jnp.arange(32)
-        reach = self.config.trained_length * 2.0**doublings
-        count = jnp.sum(lengths[..., None] > reach, axis=-1)
-        return jnp.maximum(2.0 ** (count + 1) - 1, 1.0).astype(jnp.float32)
 
     @staticmethod
     def tensors(config: QwenVLConfig) -> list[Tensor]:

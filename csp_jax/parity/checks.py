@@ -6,6 +6,7 @@ Everything is computed in float32 with full-precision products; logits count onl
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from jaxtyping import Array, Float, Int
 
 from csp_jax.data.batch import Batch, Packer, Sample, Shape
 from csp_jax.errors import UserError
-from csp_jax.models.attention import tree_layout
 from csp_jax.models.hub import HubConfig, HubFolder, differing_tensors
-from csp_jax.models.interface import Places, VisionLanguageModel
+from csp_jax.models.interface import Places, Start, VisionLanguageModel
 from csp_jax.models.registry import load_model
-from csp_jax.parity.golden import Golden, GoldenPicture, case_batch, with_chain
+from csp_jax.parity.golden import Golden, GoldenPicture, case_batch
 from csp_jax.perturb import to_canvas
+from csp_jax.rollout import Sampling, generate
 
 TOLERANCE = 1e-4  # of logits, and of features in units of their standard deviation where that is above 1
 PIXEL_TOLERANCE = 1e-5  # of normalized pixel values; one step of 1/255 is about 0.015
@@ -69,7 +70,14 @@ class Original:
             hidden = model.hidden_states(batch, prompt, places=places_of_pass(model, batch))
             return hidden @ model.decoder.head_kernel()
 
-        self._embed, self._logits = embed, logits
+        @functools.partial(jax.jit, static_argnums=3)
+        def greedy(state: nnx.State, batch: Batch, prompt: Array, steps: int) -> Array:
+            model = nnx.merge(graphdef, state)
+            seeds = jnp.zeros((len(prompt), 1), jnp.uint32)
+            sampling = Sampling(steps, temperature=0)
+            return generate(model, batch, prompt, seeds, sampling, start=start_of_pass(model, batch)).tokens[:, 0]
+
+        self._embed, self._logits, self._greedy = embed, logits, greedy
 
     def embed(self, batch: Batch, pixels: np.ndarray | None) -> Float[Array, "rows length width"]:
         """Prompt embeddings, image features in their slots."""
@@ -80,26 +88,26 @@ class Original:
         return self._logits(self._state, batch, prompt)
 
     def greedy(self, batch: Batch, prompt: Array, steps: int) -> Int[np.ndarray, "rows steps"]:
-        """The likeliest token at every step."""
-        chain = with_chain(batch, steps)
-        said = np.zeros((len(chain.tokens), steps), np.int32)
-        for step in range(steps):
-            fed = dataclasses.replace(chain, tokens=said[:, : steps - 1].copy())
-            said[:, step] = np.asarray(self.logits(fed, prompt)[:, step].argmax(axis=-1))
-        return said
+        """What the sampler says: the likeliest token at every step."""
+        return np.asarray(self._greedy(self._state, batch, prompt, steps))
+
+
+def start_of_pass(model: VisionLanguageModel, batch: Batch) -> Start:
+    """Positions and lengths in the original's passes: every row counts as long as the padded batch."""
+    start = model.start(batch)
+    rows, size = batch.prompt_segment.shape
+    if model.counts_padding:
+        everywhere = jnp.broadcast_to(jnp.arange(size), (rows, size))
+        start = dataclasses.replace(start, prompt=everywhere, following=start.last + 1)
+    return dataclasses.replace(start, length=jnp.full(rows, size))
 
 
 def places_of_pass(model: VisionLanguageModel, batch: Batch) -> Places:
-    """Positions and lengths in the original's passes: every row counts as long as the padded batch."""
-    layout = tree_layout(batch.prompt_segment, batch.parent, batch.groups)
-    positions, following = model.positions(batch)
-    size = following.shape[1]
-    if model.counts_padding:
-        positions = jnp.broadcast_to(jnp.arange(size), following.shape)
-        following = positions + 1
-    branch = jnp.take_along_axis(following, layout.root, axis=1) + layout.depth - 1
-    fed = jnp.full(branch.shape[1], size) if model.length_of_prompt else size + jnp.arange(1, branch.shape[1] + 1)
-    return Places(positions, branch, jnp.full(following.shape, size), jnp.broadcast_to(fed, branch.shape))
+    """The same of prompts that nothing follows."""
+    start = start_of_pass(model, batch)
+    nothing = jnp.zeros((len(start.last), 0), jnp.int32)
+    lengths = jnp.broadcast_to(start.length[:, None], batch.prompt_segment.shape)
+    return Places(start.prompt, nothing, lengths, nothing)
 
 
 def _largest(difference: np.ndarray) -> float:

@@ -11,7 +11,6 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -205,21 +204,4 @@ def prompts_alone(ids: Int[np.ndarray, "rows length"], segment: Int[np.ndarray, 
         confidence=np.zeros((rows, 0), np.float32),
         noise_id=np.zeros((rows, 0), np.uint32),
         groups=1,
-    )
-
-
-def with_chain(batch: Batch, steps: int) -> Batch:
-    """The same prompts, each followed by a chain of `steps` targets (tokens to be filled in)."""
-    rows, length = batch.prompt_tokens.shape
-    last = length - 1 - np.argmax(batch.prompt_segment[:, ::-1] > 0, axis=1)
-    fed = np.broadcast_to(length + np.arange(steps - 1), (rows, steps - 1))
-    chain = np.concatenate([last[:, None], fed], axis=1).astype(np.int32)
-    empty: dict[str, Any] = {name: np.zeros((rows, steps), np.int32) for name in ("target_token", "target_response")}
-    return dataclasses.replace(
-        batch,
-        tokens=np.zeros((rows, steps - 1), np.int32),
-        parent=chain[:, : steps - 1],
-        target_parent=chain,
-        target_weight=np.ones((rows, steps), np.float32),
-        **empty,
     )
