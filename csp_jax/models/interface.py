@@ -44,6 +44,7 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
     image_token: int
     unused: ClassVar[tuple[str, ...]] = ()  # parameter paths that the computation never reads
     aliases: ClassVar[tuple[tuple[re.Pattern[str], str], ...]] = ()  # other writers' names of the hub's tensors
+    modules: ClassVar[tuple[tuple[re.Pattern[str], str], ...]] = ()  # hub names -> those of transformers' modules
     mean: ClassVar[tuple[float, float, float]] = CLIP_MEAN  # of the vision tower's pixels in [0, 1], by colour
     std: ClassVar[tuple[float, float, float]] = CLIP_STD
     counts_padding: ClassVar[bool] = False  # the original's positions count padding on the left, too
