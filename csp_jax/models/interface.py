@@ -18,7 +18,7 @@ from csp_jax.models.checkpoint_map import Tensor
 from csp_jax.models.decoder import Decoder, Tables
 from csp_jax.models.vision import CLIP_MEAN, CLIP_STD, standardize
 
-jax.tree_util.register_dataclass(Batch, data_fields=Batch.ARRAYS, meta_fields=Batch.STATIC)
+jax.tree_util.register_dataclass(Batch, data_fields=Batch.ARRAYS + Batch.POLICY, meta_fields=Batch.STATIC)
 
 
 @struct.dataclass

@@ -131,12 +131,12 @@ def dropout_key(seed: int, step: Array) -> Array:
 
 
 def _again(model: Model) -> Model:
-    """Another model object over the same arrays."""
+    """Another model object over the same variables."""
     return nnx.merge(*nnx.split(model))
 
 
 def adapter_off(model: Model) -> Model:
-    """The model without its adapter, over the same arrays: it computes what the base computes, bit for bit."""
+    """The model without its adapter, over the same variables: it computes what the base computes, bit for bit."""
     base = _again(model)
     for _, module in adapted(base):
         module.enabled = False
@@ -151,9 +151,9 @@ def merge_adapter(model: Model) -> Model:
             module.lora_a[...].astype(jnp.float32), module.lora_b[...].astype(jnp.float32), precision="highest"
         )
         kernel = module.kernel[...]
-        plain = Linear(1, 1, rngs=nnx.Rngs(0))
-        plain.kernel, plain.bias = module.kernel, module.bias
-        plain.kernel[...] = (kernel.astype(jnp.float32) + module.scale * delta).astype(kernel.dtype)
+        sum_of_both = (kernel.astype(jnp.float32) + module.scale * delta).astype(kernel.dtype)
+        plain = Linear(1, 1, bias=module.bias is not None, rngs=nnx.Rngs(0))
+        plain.kernel, plain.bias = module.kernel.replace(sum_of_both), module.bias
         *parents, name = path.split(".")
         parent: Any = merged
         for part in parents:
