@@ -383,6 +383,22 @@ def test_dropout_goes_by_seed_step_and_micro_batch(monkeypatch):
     assert loss(start, two, still) == pytest.approx(loss(start, one, still), rel=1e-6)
 
 
+@pytest.mark.slow
+def test_recomputing_activations_drops_the_same(monkeypatch):
+    model = tiny_model()
+    add_adapter(model, DECODER, rank=2, alpha=8, dropout=0.5)
+    random_b(model)
+    batch, pixels = picture_batch()
+    monkeypatch.setattr(step_module, "batch_pixels", lambda *unused: jnp.asarray(pixels))
+    batch = change(batch, canvas=np.zeros((2, 0, 1, 1, 3), np.uint8), mask=np.zeros((2, 0, 1, 1), bool))
+    graphdef, _, _ = split_model(model, ())
+    state, ends = new_state(model, keep_gradients(), ()), []
+    for remat in (None, jax.checkpoint):
+        step = make_step(graphdef, SftLoss(), keep_gradients(), schedule=Schedule(), seed=0, remat=remat)
+        ends.append(jax.jit(step)(state, stack([batch]))[0].optimizer)
+    assert difference(ends[1], ends[0]) < 1e-5
+
+
 # --- sharding, families ----------------------------------------------------------------------------------------------
 
 
