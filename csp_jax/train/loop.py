@@ -35,16 +35,17 @@ from csp_jax.losses.sft import SftLoss
 from csp_jax.losses.simpo import SimpoLoss
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.interface import VisionLanguageModel
-from csp_jax.models.registry import load_model, new_model
+from csp_jax.models.lora import add_adapter, merge_adapter
+from csp_jax.models.peft import load_adapter
+from csp_jax.models.registry import checkpoint_folder, load_model, new_model
 from csp_jax.perturb import Schedule
 from csp_jax.sharding import compile_step, make_mesh, put_batch, rows_over_hosts, state_shardings
 from csp_jax.text import Prompts
-from csp_jax.train.checkpoint import Checkpoints, export_model
+from csp_jax.train.checkpoint import Checkpoints, export_adapter, export_model
 from csp_jax.train.state import TrainState, decay_mask, new_state, split_model
 from csp_jax.train.step import make_step
 from csp_jax.train.telemetry import Telemetry
 
-WORLD_BASE = Path(__file__).parent.parent / "world" / "base"
 REMAT: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint,
@@ -122,14 +123,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(optax.clip_by_global_norm(config.clip), adam) if config.clip else adam
 
 
-def checkpoint_folder(name: str) -> Path:
-    """A model's folder; `world` is the base that ships with the package."""
-    folder = WORLD_BASE if name == "world" else Path(name)
-    if not folder.is_dir():
-        raise UserError("there is no such checkpoint folder", file=folder, mend="Give a folder in the hub's layout")
-    return folder
-
-
 def read_prompts(file: str) -> Prompts:
     """The package's prompts or those of a YAML file."""
     return Prompts.from_mapping(read_yaml(Path(file))) if file else Prompts()
@@ -148,6 +141,7 @@ class Run:
         self.steps = self._steps()
         self.optimizer = make_optimizer(config.optimizer, self.steps)
         model = self._model()
+        self.adapter_config = self._wrap(model)
         self.graphdef, _, _ = split_model(model, config.model.freeze)
         state = new_state(model, self.optimizer, config.model.freeze)
         self.shardings = state_shardings(self.mesh, state)
@@ -163,7 +157,26 @@ class Run:
         dtype = jnp.dtype(self.config.model.param_dtype)
         if self.config.model.random_init:
             return new_model(HubConfig.read(self.source_folder), self.config.seed, dtype)
-        return load_model(self.source_folder, dtype=dtype, mesh=self.mesh)
+        return merge_adapter(load_model(self.source_folder, dtype=dtype, mesh=self.mesh))
+
+    def _wrap(self, model: VisionLanguageModel) -> dict[str, Any]:
+        """Put the configured adapter on a model; the fields of the one that it goes on from."""
+        lora = self.config.model.lora
+        if lora is None:
+            return {}
+        dtype = jnp.dtype(lora.dtype)
+        if lora.adapter:
+            return load_adapter(model, Path(lora.adapter), dropout=lora.dropout, dtype=dtype)
+        add_adapter(
+            model,
+            lora.targets,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            seed=self.config.seed,
+            dtype=dtype,
+        )
+        return {}
 
     def dataset(self) -> Any:
         """The run's batches as a Grain data set."""
@@ -284,7 +297,11 @@ def train(config: TrainConfig, *, title: str = "train") -> Path:
         run_steps(run, iterator, checkpoints, start, title)
     finally:
         checkpoints.close()
-    export_model(final, run.model(), run.source_folder)
+    if config.model.lora is None:
+        export_model(final, run.model(), run.source_folder)
+    else:
+        base = "world" if config.model.checkpoint == "world" else str(run.source_folder.resolve())
+        export_adapter(final, run.model(), run.source_folder, base, run.adapter_config)
     return final
 
 
