@@ -30,7 +30,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     freeze: tuple[str, ...] = ()  # regular expressions on parameter paths
-    remat: Literal["none", "full", "dots"] = "none"
+    # Activations of a layer that are kept for its gradient: all, none, products, or products with weights only.
+    remat: Literal["none", "full", "dots", "weights"] = "none"
 
 
 class ShapeConfig(Section):

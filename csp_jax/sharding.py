@@ -14,10 +14,23 @@ from jax.sharding import PartitionSpec as P
 from csp_jax.config import ParallelConfig
 from csp_jax.errors import UserError
 
+Body = Callable[[Any, Any], tuple[Any, Any]]  # of a scan: (carry, slice) -> (carry, out)
+Wrapper = Callable[[Body], Body]
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axes of parameters that the tensor axis splits; every other axis may be split by fsdp.
-TENSOR_AXES = frozenset({"heads", "mlp", "vocab"})
+# The one table: which mesh axes may split each logical axis. `tensor` takes the first axis that allows it, `fsdp` the
+# largest of the others; stacked layers have no logical axis and are never split.
+AXIS_RULES: dict[str, tuple[str, ...]] = {
+    "heads": ("tensor", "fsdp"),
+    "mlp": ("tensor", "fsdp"),
+    "vocab": ("tensor", "fsdp"),
+    "embed": ("fsdp",),
+    "patch": ("fsdp",),
+    "position": ("fsdp",),
+    "norm": ("fsdp",),
+    "rank": (),  # of an adapter: every device has all of it
+    "rows": ("data", "fsdp"),  # of a batch, and of activations
+}
 SMALLEST_SHARDED = 1 << 14  # values; smaller tensors are replicated
 
 
@@ -38,19 +51,21 @@ def make_mesh(config: ParallelConfig, devices: list[jax.Device] | None = None) -
 
 
 def leaf_spec(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> P:
-    """How a parameter is split: tensor by its logical axis, fsdp by its largest divisible other dimension."""
+    """How a parameter is split, by `AXIS_RULES`; what does not divide and what is small stays whole."""
     spec: list[str | None] = [None] * len(shape)
     if int(np.prod(shape)) < SMALLEST_SHARDED:
         return P()
-    lead = len(shape) - len(axes)  # stacked layers lead; they are never split
-    for offset, axis in enumerate(axes):
-        dimension = lead + offset
-        if axis in TENSOR_AXES and mesh.shape["tensor"] > 1 and shape[dimension] % mesh.shape["tensor"] == 0:
-            spec[dimension] = "tensor"
-            break
-    free = [d for d in range(lead, len(shape)) if spec[d] is None and shape[d] % mesh.shape["fsdp"] == 0]
-    if free and mesh.shape["fsdp"] > 1:
-        spec[max(free, key=lambda d: shape[d])] = "fsdp"
+    lead = len(shape) - len(axes)
+
+    def free(mesh_axis: str) -> list[int]:
+        allowed = [lead + place for place, axis in enumerate(axes) if mesh_axis in AXIS_RULES[axis]]
+        size = mesh.shape[mesh_axis]
+        return [place for place in allowed if spec[place] is None and size > 1 and shape[place] % size == 0]
+
+    if places := free("tensor"):
+        spec[places[0]] = "tensor"
+    if places := free("fsdp"):
+        spec[max(places, key=lambda place: shape[place])] = "fsdp"
     return P(*spec)
 
 
@@ -67,8 +82,25 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh, leading: int = 1) -> NamedSharding:
-    """Rows over data and fsdp; `leading` unsplit axes (the accumulation window) come first."""
-    return NamedSharding(mesh, P(*([None] * leading), ("data", "fsdp")))
+    """Rows by `AXIS_RULES`; `leading` unsplit axes (the accumulation window) come first."""
+    return NamedSharding(mesh, P(*([None] * leading), AXIS_RULES["rows"]))
+
+
+def layer_wrapper(mesh: Mesh, remat: Wrapper | None) -> Wrapper:
+    """What goes around the body of a scan over layers: rows stay split between layers, then recomputation.
+
+    Without it the compiler may gather every row's activations on every device rather than a layer's weights.
+    """
+    rows = batch_sharding(mesh, leading=0)
+
+    def wrap(body: Body) -> Body:
+        def split(carry: Any, layer: Any) -> tuple[Any, Any]:
+            carry, out = body(jax.lax.with_sharding_constraint(carry, rows), layer)
+            return jax.lax.with_sharding_constraint(carry, rows), out
+
+        return remat(split) if remat else split
+
+    return wrap
 
 
 def rows_over_hosts(rows: int, mesh: Mesh) -> int:

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 import yaml
 from flax import nnx
+from jax.sharding import Mesh
 
 from csp_jax.config import LossConfig, NoiseConfig, OptimizerConfig, TrainConfig, load_config, read_yaml
 from csp_jax.data.batch import Batch, Packer, Shape
@@ -37,11 +38,11 @@ from csp_jax.models.hub import HubConfig
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.registry import load_model, new_model
 from csp_jax.perturb import Schedule
-from csp_jax.sharding import compile_step, make_mesh, put_batch, rows_over_hosts, state_shardings
+from csp_jax.sharding import compile_step, layer_wrapper, make_mesh, put_batch, rows_over_hosts, state_shardings
 from csp_jax.text import Prompts
 from csp_jax.train.checkpoint import Checkpoints, export_model
 from csp_jax.train.state import TrainState, decay_mask, new_state, split_model
-from csp_jax.train.step import make_step
+from csp_jax.train.step import Step, make_step
 from csp_jax.train.telemetry import Telemetry
 
 WORLD_BASE = Path(__file__).parent.parent / "world" / "base"
@@ -49,6 +50,7 @@ REMAT: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint,
     "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_saveable),
+    "weights": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 
 
@@ -135,6 +137,38 @@ def read_prompts(file: str) -> Prompts:
     return Prompts.from_mapping(read_yaml(Path(file))) if file else Prompts()
 
 
+def batch_shape(config: TrainConfig, rows: int, cell: tuple[int, int]) -> Shape:
+    """The static sizes of a micro-batch of so many rows; `cell` is the family's."""
+    sizes = config.data.recipe.shape
+    return Shape(
+        rows=rows,
+        prompt=sizes.prompt,
+        groups=sizes.groups,
+        length=sizes.length,
+        targets=sizes.targets,
+        responses=sizes.responses,
+        pictures=1,
+        canvas=cell,
+        cells=sizes.cells,
+    )
+
+
+def configured_step(
+    config: TrainConfig, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Step:
+    """The training step as a configuration says, not yet compiled."""
+    return make_step(
+        graphdef,
+        make_loss(config.loss),
+        optimizer,
+        schedule=make_schedule(config.noise),
+        seed=config.seed,
+        dtype=jnp.dtype(config.model.dtype),
+        remat=layer_wrapper(mesh, REMAT[config.model.remat]),
+        grounding=config.loss.grounding,
+    )
+
+
 class Run:
     """Everything that a configured run needs, made once."""
 
@@ -172,18 +206,7 @@ class Run:
         recipe = RECIPES[config.data.recipe.name](
             config.data.recipe, str(self.source_folder), read_prompts(config.prompts), objective
         )
-        sizes = config.data.recipe.shape
-        shape = Shape(
-            rows=self.rows,
-            prompt=sizes.prompt,
-            groups=sizes.groups,
-            length=sizes.length,
-            targets=sizes.targets,
-            responses=sizes.responses,
-            pictures=1,
-            canvas=recipe.family.cell,
-            cells=sizes.cells,
-        )
+        shape = batch_shape(config, self.rows, recipe.family.cell)
         return record_dataset(
             self.source,
             batch_size=self.rows * config.batch.accumulation,
@@ -197,17 +220,7 @@ class Run:
 
     def step_function(self) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
         """The compiled training step."""
-        config = self.config
-        step = make_step(
-            self.graphdef,
-            make_loss(config.loss),
-            self.optimizer,
-            schedule=make_schedule(config.noise),
-            seed=config.seed,
-            dtype=jnp.dtype(config.model.dtype),
-            remat=REMAT[config.model.remat],
-            grounding=config.loss.grounding,
-        )
+        step = configured_step(self.config, self.graphdef, self.optimizer, self.mesh)
         return compile_step(step, self.mesh, self.shardings)
 
     def model(self) -> VisionLanguageModel:

@@ -19,6 +19,7 @@ from csp_jax.perturb import Schedule, perturb
 from csp_jax.train.state import TrainState
 
 Metrics = dict[str, Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def batch_pixels(model: VisionLanguageModel, batch: Batch, key: Array, schedule: Schedule) -> Array | None:
@@ -39,7 +40,7 @@ def make_step(
     dtype: jnp.dtype = jnp.float32,
     remat: Callable | None = None,
     grounding: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Step:
     """`step(state, window)`; every array of `window` has a leading axis of micro-batches."""
 
     coefficients = {**loss.coefficients, **({"grounding": grounding, "slot_accuracy": 0.0} if grounding else {})}
