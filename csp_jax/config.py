@@ -134,7 +134,13 @@ class RunConfig(Section):
     epochs: Positive = 1.0
     steps: Count = 0  # 0: from epochs
     checkpoint_every: Count = 0  # 0: at the end only
-    keep: AtLeastOne = 2
+    keep: AtLeastOne = 2  # newest checkpoints
+    keep_every: Count = 0  # also those of every so many steps
+    keep_best: Count = 0  # also those with the lowest mean loss since the checkpoint before
+    skip_limit: Count = 20  # updates with a loss or gradient that is not finite before the run stops; 0: none
+    hang_seconds: Count = 900  # after which a wait is reported; 0: never
+    hang_exit: bool = False  # and the process ends, so that a launcher can start it again
+    heartbeat_seconds: AtLeastOne = 100  # after which a silent process counts as gone
     log_every: AtLeastOne = 1
     progress: bool = True
 

@@ -35,7 +35,10 @@ SMALLEST_SHARDED = 1 << 14  # values; smaller tensors are replicated
 
 
 def make_mesh(config: ParallelConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh `data x fsdp x tensor`; one size may be -1 and takes what is left of the devices."""
+    """The mesh `data x fsdp x tensor`; one size may be -1 and takes what is left of the devices.
+
+    Devices come host by host, so data goes over hosts first and tensor stays within one.
+    """
     devices = devices or jax.devices()
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes[0] == -1:
@@ -46,6 +49,23 @@ def make_mesh(config: ParallelConfig, devices: list[jax.Device] | None = None) -
             field="parallel",
             value=dict(zip(AXES, sizes)),
             mend="data x fsdp x tensor must be the number of devices; data: -1 takes what is left",
+        )
+    if config.strategy == "pmap" and sizes[1:] != [1, 1]:
+        raise UserError(
+            "pmap holds everything on every device",
+            field="parallel.strategy",
+            value=dict(zip(AXES, sizes)),
+            mend="Set fsdp and tensor to 1, or use strategy: mesh",
+        )
+    hosts: dict[int, int] = {}
+    for device in devices:
+        hosts[device.process_index] = hosts.get(device.process_index, 0) + 1
+    if any(count % sizes[2] for count in hosts.values()):
+        raise UserError(
+            "the tensor axis must stay within a host, for its devices are fed the same rows",
+            field="parallel.tensor",
+            value=sizes[2],
+            mend=f"Use a divisor of {min(hosts.values())}",
         )
     return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -132,3 +152,49 @@ def compile_step(
         out_shardings=(state_sharding, NamedSharding(mesh, P())),
         donate_argnums=0,
     )
+
+
+PMAP_AXIS = "devices"
+
+
+def put_parts(batch: Any, mesh: Mesh, leading: int = 1) -> Any:
+    """Host arrays (this host's rows) -> a part of the rows for each of this host's devices, under a leading axis."""
+    local = _local_mesh(mesh)
+    count = local.size
+
+    def put(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        shape = (*array.shape[:leading], count, array.shape[leading] // count, *array.shape[leading + 1 :])
+        parts = np.ascontiguousarray(np.moveaxis(array.reshape(shape), leading, 0))
+        return jax.device_put(parts, NamedSharding(local, P(PMAP_AXIS)))
+
+    return jax.tree.map(put, batch)
+
+
+def compile_parts(step: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """The replicated data-parallel trainer: `jax.pmap` of a step that sums over `PMAP_AXIS`; the state is donated.
+
+    Between steps the state is one global, replicated array a leaf, as under `compile_step`, so that the same
+    checkpoints serve both; pmap itself takes and gives each host's copies.
+    """
+    mapped = jax.pmap(step, PMAP_AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0)
+    everywhere, here = NamedSharding(mesh, P()), NamedSharding(_local_mesh(mesh), P())
+
+    def relabel(tree: Any, sharding: NamedSharding) -> Any:
+        def relabel_leaf(leaf: jax.Array) -> jax.Array:
+            copies = [shard.data for shard in leaf.addressable_shards]
+            return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+
+        return jax.tree.map(relabel_leaf, tree)
+
+    def run(state: Any, batch: Any) -> tuple[Any, Any]:
+        state, metrics = mapped(relabel(state, here), batch)
+        return relabel(state, everywhere), relabel(metrics, everywhere)
+
+    return run
+
+
+def _local_mesh(mesh: Mesh) -> Mesh:
+    """This host's devices of a mesh, in its order."""
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return Mesh(np.array(own), (PMAP_AXIS,), axis_types=(AxisType.Auto,))

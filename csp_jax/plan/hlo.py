@@ -10,10 +10,15 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-BITS = {
-    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
-    "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
-}  # fmt: skip
+_SIZES = {
+    4: "s4 u4",
+    8: "pred s8 u8 f8e4m3fn f8e5m2",
+    16: "s16 u16 bf16 f16",
+    32: "s32 u32 f32",
+    64: "s64 u64 f64 c64",
+    128: "c128",
+}
+BITS = {name: bits for bits, names in _SIZES.items() for name in names.split()}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")

@@ -18,6 +18,7 @@ from csp_jax.data.batch import Batch, Shape, empty_batch
 from csp_jax.families.registry import open_family
 from csp_jax.models.decoder import DecoderConfig
 from csp_jax.models.hub import HubConfig
+from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.registry import abstract_model
 from csp_jax.plan.flops import masked_attention_flops, product_flops
 from csp_jax.sharding import batch_sharding, compile_step, state_shardings
@@ -72,9 +73,14 @@ def _shard_bytes(values: Any, shardings: Any) -> int:
     return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in pairs)
 
 
+def planned_model(config: TrainConfig, folder: Path) -> VisionLanguageModel:
+    """What `train.loop.Run` would load, as shapes. What wraps a loaded model there (adapters) wraps it here."""
+    return abstract_model(HubConfig.read(folder), jnp.dtype(config.model.param_dtype))
+
+
 def step_program(config: TrainConfig, folder: Path, mesh: Mesh) -> StepProgram:
     """The step of a configuration; `folder` holds the `config.json` of its model (weights are not needed)."""
-    model = abstract_model(HubConfig.read(folder), jnp.dtype(config.model.param_dtype))
+    model = planned_model(config, folder)
     graphdef, _, _ = split_model(model, config.model.freeze)
     optimizer = make_optimizer(config.optimizer, 100)
     state = nnx.eval_shape(lambda model: new_state(model, optimizer, config.model.freeze), model)

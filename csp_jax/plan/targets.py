@@ -100,6 +100,9 @@ def parse_target(text: str) -> Target:
     card = CARDS[name]
     sizes = shape.split("x")
     if not all(size.isdecimal() and int(size) > 0 for size in sizes) or len(sizes) not in card.grid_sizes:
-        example = {"cuda": f"{name}:1x8 (hosts x devices of each)", "tpu": f"{name}:{'x'.join('4' * card.grid_sizes[0])}"}
+        example = {
+            "cuda": f"{name}:1x8 (hosts x devices of each)",
+            "tpu": f"{name}:{'x'.join('4' * card.grid_sizes[0])}",
+        }
         raise UserError("not a grid of devices", field="--target", value=text, mend=f"Write {example[card.platform]}")
     return Target(card, tuple(map(int, sizes)))
