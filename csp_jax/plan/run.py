@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,15 +91,26 @@ def make_plans(
                 key = (folders[file], target.card.name, target.per_host)
                 start = None if only else _scaled(known.get(key), config, target)
                 found = search(
-                    config, folders[file], target, compiler.measure, start=start, climb=start is None and not only,
-                    only=only, say=lambda text, file=file: say(f"{file.stem} on {text}"),
-                )  # fmt: skip
+                    config,
+                    folders[file],
+                    target,
+                    compiler.measure,
+                    start=start,
+                    climb=start is None and not only,
+                    only=only,
+                    say=functools.partial(say_of, file.stem, say),
+                )
                 plans.append(Plan(file, config, target, found))
                 best = recommend(found)
                 if best:
                     known[key] = best.candidate
                 done(plans[-1])
     return plans
+
+
+def say_of(name: str, say: Callable[[str], None], text: str) -> None:
+    """Pass on what a search says, under its configuration's name."""
+    say(f"{name} on {text}")
 
 
 def _scaled(known: Candidate | None, config: TrainConfig, target: Target) -> Candidate | None:
