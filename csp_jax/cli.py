@@ -154,6 +154,8 @@ def evaluate_command(
     as_json: AsJson = False,
 ) -> None:
     """Ask a model for its confidence in every candidate answer of a split, and score it."""
+    import jax
+
     from csp_jax.config import ParallelConfig
     from csp_jax.data.shards import ShardSource
     from csp_jax.evaluate import evaluate, example_shots
@@ -172,7 +174,7 @@ def evaluate_command(
         open_family(folder),
         read_prompts(prompts),
         source,
-        make_mesh(ParallelConfig()),
+        make_mesh(ParallelConfig(), jax.local_devices()),
         limit=limit,
         rows=rows,
         shots=example_shots(ShardSource(shards, shots_split), shots) if shots else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -50,7 +51,7 @@ class RecipeConfig(Section):
 
     name: Literal["answers", "paper", "evidence", "materialized", "original"] = "evidence"
     items: AtLeastOne = 4  # items asked about a picture
-    free_form: bool = False  # `paper`: also about answers without candidates, such as those of RLAIF-V
+    free_form: bool = False  # `paper` and `evidence`: also answers without candidates, such as those of RLAIF-V
     categories: tuple[str, ...] = ()  # ordinary questions of these categories only; empty: all
     retention_items: Count = 0  # ordinary questions beside them
     labels: Literal["uniform", "grid"] = "uniform"
@@ -187,6 +188,38 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """A YAML mapping laid over the one that its `extends:` names, a path from the file's own folder.
+
+    Mappings are laid over field by field; all other values replace.
+    """
+    layers: list[dict[str, Any]] = []
+    seen: list[Path] = []
+    while True:
+        if file.resolve() in seen:
+            raise UserError(
+                "extends itself", file=file, field="extends", mend="Take one of the files out of the circle"
+            )
+        seen.append(file.resolve())
+        values = read_yaml(file)
+        below = values.pop("extends", None)
+        layers.append(values)
+        if below is None:
+            return functools.reduce(lay_over, reversed(layers))
+        if not isinstance(below, str):
+            raise UserError("not a path", file=file, field="extends", value=below, mend="Name one YAML file")
+        file = file.parent / below
+
+
+def lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`below` with the fields of `above` in place of its own."""
+    both = {**below, **above}
+    for name in below.keys() & above.keys():
+        if isinstance(below[name], dict) and isinstance(above[name], dict):
+            both[name] = lay_over(below[name], above[name])
+    return both
+
+
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """`a.b=value` settings on top of a mapping; values are read as YAML."""
     result = {**values}
@@ -219,8 +252,8 @@ def load_config(
     *,
     mend: str = "csp doctor --config lists every field with its range",
 ) -> ConfigType:
-    """A validated configuration from a YAML file and overrides; UserError names the field."""
-    values = apply_overrides(read_yaml(file) if file else {}, overrides or [])
+    """A validated configuration from a YAML file (see `read_config`) and overrides; UserError names the field."""
+    values = apply_overrides(read_config(file) if file else {}, overrides or [])
     try:
         return kind.model_validate(values)
     except pydantic.ValidationError as error:

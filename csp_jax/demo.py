@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from csp_jax.calibration.recalibrate import fit_platt
-from csp_jax.config import DemoConfig, ParallelConfig, TrainConfig, load_config, read_yaml
+from csp_jax.config import DemoConfig, ParallelConfig, TrainConfig, load_config, read_config
 from csp_jax.data.shards import ShardSource
 from csp_jax.errors import UserError
 from csp_jax.evaluate import Answers, Scorer, ask_records, evaluate
@@ -246,7 +246,7 @@ class Demo:
         """run.json: what was run, with what, and how long each stage took."""
         packages = ("csp_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
         stages = {
-            file: read_yaml(stage_file(file))
+            file: read_config(stage_file(file))
             for file in sorted({stage.file for v in variants(self.config.recipes, False) for stage in v.stages})
         }
         run = {

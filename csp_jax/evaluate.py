@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
@@ -20,7 +24,7 @@ from csp_jax.data.batch import Batch, Packer, Sample, Shape, Tree
 from csp_jax.data.buckets import Buckets
 from csp_jax.data.pictures import check_slots, show
 from csp_jax.data.recipes.base import Asker, noise_identity
-from csp_jax.data.shards import ShardSource, evaluation_records
+from csp_jax.data.shards import ShardSource
 from csp_jax.errors import UserError
 from csp_jax.families.interface import HostFamily, open_image
 from csp_jax.losses.logprobs import score
@@ -47,12 +51,10 @@ class Answers:
     direct: Int[np.ndarray, " n"]
     direct_log_probs: Float[np.ndarray, "n candidates"]
 
-    def save(self, file: Path) -> None:
-        """Write as npz (atomically)."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".partial.npz")
+    def write(self, out: Path | BinaryIO) -> None:
+        """Write as npz."""
         np.savez_compressed(
-            temporary,
+            out,
             ids=np.array(self.ids),
             image_id=np.array(self.image_ids),
             category=np.array(self.categories),
@@ -64,11 +66,17 @@ class Answers:
             direct=self.direct,
             direct_log_probs=self.direct_log_probs,
         )
+
+    def save(self, file: Path) -> None:
+        """Write as a file, atomically."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".partial.npz")
+        self.write(temporary)
         temporary.rename(file)
 
     @classmethod
-    def load(cls, file: Path) -> Answers:
-        """Read what `save` wrote."""
+    def load(cls, file: Path | BinaryIO) -> Answers:
+        """Read what `save` or `write` wrote."""
         with np.load(file) as found:
             return cls(
                 ids=found["ids"].tolist(),
@@ -81,6 +89,16 @@ class Answers:
                 direct=found["direct"],
                 direct_log_probs=found["direct_log_probs"],
             )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Answers]) -> Answers:
+        """Parts one after the other."""
+        columns: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            values = [getattr(part, field.name) for part in parts]
+            chained = isinstance(values[0], list)
+            columns[field.name] = list(itertools.chain(*values)) if chained else np.concatenate(values)
+        return cls(**columns)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
@@ -219,26 +237,31 @@ def evaluate(
     shots: Shots = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
-    """Ask a model every question of a split (its first `limit` records), each exactly once over all hosts."""
-    scorer = Scorer(model, mesh)
-    per_host = max(rows // jax.process_count(), 1)
-    records = [
-        record
-        for batch in evaluation_records(
-            source, batch_size=per_host, host_index=jax.process_index(), host_count=jax.process_count()
-        )
-        for record in batch
-    ]
-    records = records[: limit or None]
+    """Ask a model every question of a split (of its first `limit` records) once.
+
+    Each host asks about its part of the records on its own devices, which `mesh` spans, `rows` records at a time;
+    all hosts return all answers, in the order of the records.
+    """
+    wanted = min(limit or len(source), len(source))
+    hosts, host = jax.process_count(), jax.process_index()
+    records = (source[place] for place in range(wanted * host // hosts, wanted * (host + 1) // hosts))
     scenes = [
         part
         for record in records
-        if record is not None
         for part in split_by_regime(family, scene_trees(family, prompts, record, choice_items(record), shots))
+        if part.items
     ]
-    if not scenes:
+    # Hosts meet here, before they compile: CPU collectives wait long for a host that they know, not for a first one.
+    if not multihost_utils.process_allgather(np.array(len(scenes))).any():
         raise UserError("there is nothing to evaluate", file=source.directory, field="split", value=source.split)
-    shape = shape_of([scene.sample for scene in scenes], per_host)
+    return gathered(_ask_scenes(Scorer(model, mesh), scenes, rows, progress) if scenes else None)
+
+
+def _ask_scenes(
+    scorer: Scorer, scenes: list[SceneTrees], rows: int, progress: Callable[[int, int], None] | None
+) -> Answers:
+    """What the scenes' questions are answered with."""
+    shape = shape_of([scene.sample for scene in scenes], rows)
     found: list[tuple[Record, Item, Reading]] = []
     for number, (chunk, result) in enumerate(_sweep(scorer, Buckets(shape), scenes)):
         log_probs, top = (np.asarray(x) for x in jax.device_get(result))
@@ -247,8 +270,21 @@ def evaluate(
                 at = slice(group * shape.targets, group * shape.targets + len(question.tree.targets))
                 found.append((scene.record, item, read_question(question, log_probs[row, at], top[row, at])))
         if progress:
-            progress((number + 1) * per_host, len(scenes))
+            progress((number + 1) * rows, len(scenes))
     return collect(found)
+
+
+def gathered(answers: Answers | None) -> Answers:
+    """The answers of all hosts, on each; None where a host has none."""
+    own = io.BytesIO()
+    if answers is not None:
+        answers.write(own)
+    sizes = multihost_utils.process_allgather(np.array(own.tell())).reshape(-1)
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: own.tell()] = np.frombuffer(own.getvalue(), np.uint8)
+    files = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    parts = [Answers.load(io.BytesIO(row[:size].tobytes())) for row, size in zip(files, sizes) if size]
+    return Answers.joined(parts)
 
 
 def ask_records(
@@ -269,16 +305,12 @@ def ask_records(
 def _sweep(
     scorer: Scorer, buckets: Buckets, scenes: list[SceneTrees]
 ) -> Iterator[tuple[list[SceneTrees], tuple[jax.Array, jax.Array]]]:
-    """Score scenes in chunks; the next chunk is on its way before the last one is read.
-
-    Over several hosts all chunks have the one shape that holds every scene: the hosts must run the same program.
-    """
+    """Score scenes in chunks; the next chunk is on its way before the last one is read."""
     rows = buckets.whole.rows
     waiting: tuple[list[SceneTrees], tuple[jax.Array, jax.Array]] | None = None
     for start in range(0, len(scenes), rows):
         chunk = scenes[start : start + rows]
-        alone = jax.process_count() == 1
-        packer = Packer(buckets([scene.sample for scene in chunk]) if alone else buckets.whole)
+        packer = Packer(buckets([scene.sample for scene in chunk]))
         for scene in chunk:
             packer.add(scene.sample, share_rows=False)
         result = scorer(packer.batch)

@@ -102,6 +102,16 @@ KEYWORD_SHOTS = (
 KEYWORD_RESPONSE = 400  # characters of a long answer that are shown: its first sentences name what it is about
 
 
+def with_article(noun: str) -> str:
+    """The noun with "a" or "an" before it."""
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+
+
+def existence_question(noun: str) -> str:
+    """`Is there a dog in the image?`, as POPE asks."""
+    return f"Is there {with_article(noun)} in the image?"
+
+
 def percent_text(percent: int) -> str:
     """How a confidence is written: `73%`."""
     return f"{percent}%"

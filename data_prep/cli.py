@@ -203,6 +203,31 @@ def inspect(
 
 
 @app.command()
+def keywords(
+    configs: Configs,
+    limit: Annotated[int, typer.Option(min=0, help="rows of the source; 0: as the configuration says")] = 0,
+    show: Annotated[int, typer.Option(min=0, help="answers to print")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Ask for the keywords of a source's questions, without pictures: to choose a model or to try other prompts."""
+    import dataclasses
+
+    from data_prep.config import load_prep_config
+    from data_prep.keywords.survey import survey
+
+    files, settings = split_arguments(configs)
+    for file in files:
+        counts, answers = survey(load_prep_config(file, settings + ([f"limit={limit}"] if limit else [])))
+        rows = [dataclasses.asdict(answer) for answer in answers]
+        if as_json:
+            print(json.dumps({"config": str(file), **counts, "answers": rows}))
+            continue
+        _print_rows(str(file), [{"what": name, "value": value} for name, value in counts.items()])
+        if rows[:show]:
+            _print_rows("answers", rows[:show])
+
+
+@app.command()
 def compare(
     truth: Annotated[Path, typer.Argument(help="a data set with true masks")],
     found: Annotated[Path, typer.Argument(help="one that was made from it with other masks")],

@@ -60,8 +60,8 @@ class Polygons:
         """True on pixels whose centre an outline encloses (even-odd)."""
         mask = np.zeros((height, width), bool)
         for outline in self.outlines:
-            if len(outline) < 6 or len(outline) % 2:
-                raise ValueError(f"an outline of {len(outline)} numbers")
+            if len(outline) < 6 or len(outline) % 2 or not np.isfinite(outline).all():
+                raise ValueError(f"an outline of {len(outline)} numbers that cannot be drawn")
             mask |= _fill(np.array(outline, float).reshape(-1, 2), height, width)
         return mask
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from csp_jax.config import RecipeConfig, TrainConfig, apply_overrides, describe_fields, load_config
+from csp_jax.config import RecipeConfig, TrainConfig, apply_overrides, describe_fields, load_config, read_config
 from csp_jax.errors import UserError
 from csp_jax.world.config import WorldConfig
 
@@ -117,12 +117,32 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     assert load_config(TrainConfig, tmp_path / "empty.yaml") == TrainConfig()
 
 
+def test_a_file_lies_over_the_one_that_it_extends(tmp_path, file):
+    (tmp_path / "more").mkdir()
+    middle, top = tmp_path / "more" / "middle.yaml", tmp_path / "more" / "top.yaml"
+    middle.write_text("extends: ../run.yaml\noptimizer: {clip: 2.0}\nmodel: {freeze: [vision]}\n")
+    top.write_text("extends: middle.yaml\nseed: 5\nmodel: {freeze: [projector]}\n")
+    config = load_config(TrainConfig, top, ["optimizer.beta2=0.9"])
+    assert (config.seed, config.data.recipe.name, config.model.freeze) == (5, "paper", ("projector",))
+    assert (config.optimizer.learning_rate, config.optimizer.clip, config.optimizer.beta2) == (1e-3, 2.0, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"), [("extends: bad.yaml", "extends itself"), ("extends: [a]", "not a path"), ("extends: x", "no")]
+)
+def test_what_cannot_be_extended_is_named(tmp_path, text, problem):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=problem):
+        load_config(TrainConfig, file)
+
+
 def test_configurations_do_not_change():
     with pytest.raises(ValueError, match="frozen"):
         TrainConfig().seed = 3
 
 
-TRAININGS = sorted(file for file in CONFIGS.rglob("*.yaml") if "loss:" in file.read_text())
+TRAININGS = sorted(file for file in CONFIGS.rglob("*.yaml") if "loss" in read_config(file))
 
 
 @pytest.mark.parametrize("file", TRAININGS, ids=lambda file: file.stem)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +106,7 @@ def asked_items(records: list[Record]) -> list[tuple[Record, Item]]:
 def test_every_question_is_asked_once(ground):
     wanted = [item.id for _, item in asked_items(records_of(ground))]
     for rows in (1, 2, 4):
-        assert sorted(asked(ground, 1, rows).ids) == sorted(wanted)
+        assert asked(ground, 1, rows).ids == wanted
 
 
 def test_confidences_are_those_of_separate_sequences_in_transformers(ground, original):
@@ -137,6 +141,29 @@ def test_devices_and_rows_change_nothing(ground):
         order = [many.ids.index(identifier) for identifier in one.ids]
         np.testing.assert_allclose(many.expected[order], one.expected, atol=1e-5)
         np.testing.assert_array_equal(many.direct[order], one.direct)
+
+
+@pytest.mark.parametrize(("limit", "hosts"), [(0, 2), (1, 2)])  # one record, two hosts: one of them has nothing to ask
+def test_hosts_ask_their_parts_and_all_know_all_answers(ground, tmp_path, limit, hosts):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    child = [sys.executable, str(Path(__file__).parent / "evaluate_child.py"), str(port), str(hosts)]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
+    files = [tmp_path / f"{host}.npz" for host in range(hosts)]
+    running = [
+        subprocess.Popen([*child, str(host), str(ground), str(limit), str(file)], env=environment)
+        for host, file in enumerate(files)
+    ]
+    assert [process.wait(timeout=300) for process in running] == [0] * hosts
+    alone = asked(ground, 1, 2)
+    count = sum(len(asked_items([record])) for record in records_of(ground)[: limit or None])
+    for file in files:
+        found = Answers.load(file)
+        assert found.ids == alone.ids[:count]
+        assert found.image_ids == alone.image_ids[:count]
+        np.testing.assert_allclose(found.expected, alone.expected[:count], atol=1e-4)
+        np.testing.assert_array_equal(found.truth, alone.truth[:count])
 
 
 def test_a_single_question_reads_as_in_the_sweep(ground):

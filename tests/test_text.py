@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from csp_jax.errors import UserError
-from csp_jax.text import CONFIDENCE_ANSWERS, Prompts, parse_confidence, percent_text, yes_or_no
+from csp_jax.text import (
+    CONFIDENCE_ANSWERS,
+    Prompts,
+    existence_question,
+    parse_confidence,
+    percent_text,
+    with_article,
+    yes_or_no,
+)
 
 
 @pytest.mark.parametrize(
@@ -132,3 +140,12 @@ def test_mistakes_in_prompts_are_named(values, field, problem):
     assert caught.value.field == field
     assert problem in caught.value.problem
     assert caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("noun", "text"),
+    [("cat", "a cat"), ("octopus", "an octopus"), ("umbrella", "an umbrella"), ("bus", "a bus")],
+)
+def test_articles(noun, text):
+    assert with_article(noun) == text
+    assert existence_question(noun) == f"Is there {text} in the image?"

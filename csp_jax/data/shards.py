@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,20 +177,6 @@ def record_dataset(
         return dataset
     _parse_no_flags()
     return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2))
-
-
-def evaluation_records(
-    source: ShardSource, *, batch_size: int, host_index: int = 0, host_count: int = 1
-) -> Iterator[list[Record | None]]:
-    """This host's batches of exactly `batch_size` entries; None is padding (weight 0).
-
-    Over all hosts every record comes exactly once, in order; every host gets the same number of batches, so
-    that collective operations match. UserError as `ShardSource`, or host_index out of range.
-    """
-    _check_hosts(host_index, host_count, batch_size)
-    for start in range(0, len(source), batch_size * host_count):
-        places = range(start + host_index, start + batch_size * host_count, host_count)
-        yield [source[place] if place < len(source) else None for place in places]
 
 
 def _check_hosts(host_index: int, host_count: int, batch_size: int) -> None:

@@ -26,11 +26,6 @@ class ObjectClass:
         return self.held_out if held_out else self.train
 
 
-def with_article(noun: str) -> str:
-    """The noun with "a" or "an" before it."""
-    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
-
-
 def crop_to_alpha(image: Image.Image) -> Image.Image:
     """Crops an RGBA picture to the bounding box of alpha > 127 (unchanged where nothing is that opaque)."""
     box = image.getchannel("A").point([0] * 128 + [255] * 128).getbbox()

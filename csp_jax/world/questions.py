@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from csp_jax.records import Item
-from csp_jax.world.catalogue import ObjectClass, with_article
+from csp_jax.text import existence_question
+from csp_jax.world.catalogue import ObjectClass
 from csp_jax.world.config import WorldConfig
 from csp_jax.world.facts import Facts, Thing, gap, offset
 from csp_jax.world.plan import Statistics
@@ -113,7 +114,7 @@ class Existence:
 
     def _ask(self, index: int, truth: str, regions: tuple[int, ...], subsets: tuple[str, ...]) -> Question:
         name = self.classes[index].name
-        return Question(f"Is there {with_article(name)} in the image?", truth, name, regions, subsets, "existence")
+        return Question(existence_question(name), truth, name, regions, subsets, "existence")
 
 
 def number_questions(rng: np.random.Generator, facts: Facts) -> list[Question]:

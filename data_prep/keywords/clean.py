@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from data_prep.keywords.rule import DETERMINERS, stem, words_of
+from data_prep.keywords.rule import DETERMINERS, STOPS, stem, words_of
 
 LABEL = re.compile(r"^(?:key ?word|key object|object|answer|reply)\s*[:=-]\s*", re.IGNORECASE)
 MOST_WORDS = 4
@@ -26,7 +26,7 @@ def clean_keyword(said: str) -> str:
 
 
 def occurs(keyword: str, question: str, response: str) -> bool:
-    """Do all words of the keyword occur in the question or the answer (plural or not)?"""
+    """Do all words of the keyword occur in the question or the answer (plural or not), and does one name a thing?"""
     said = {stem(word) for word in [*words_of(question), *words_of(response)]}
     mine = words_of(keyword)
-    return bool(mine) and all(stem(word) in said for word in mine)
+    return any(word not in STOPS for word in mine) and all(stem(word) in said for word in mine)

@@ -58,7 +58,8 @@ class LocalizeStage:
                 unit.reject(item, self.name, self._fits(unit, unit.regions[item.regions[0]].box))
                 return True
             for index in kept:
-                unit.regions[index].box = _clip(unit.regions[index].box, unit.size)
+                region = unit.regions[index]
+                region.box, region.keyword = _clip(region.box, unit.size), region.keyword or item.keyword
             unit.counts["regions_given"] += 1
             unit.counts["boxes_dropped"] += len(item.regions) - len(kept)
             unit.replace(item, regions=tuple(kept))

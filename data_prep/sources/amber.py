@@ -10,7 +10,7 @@ from typing import Any
 from csp_jax.errors import UserError
 from csp_jax.records import Item
 from data_prep.config import AmberConfig
-from data_prep.sources.base import AnyRow, Source, checked, json_rows, read_json, resolve, text, yes_no_fields
+from data_prep.sources.base import AnyRow, Source, by_id, checked, json_rows, read_json, resolve, text, yes_no_fields
 from data_prep.unit import BadRow, ImageFile, Row
 
 # AMBER's types -> (subset, category). The relation questions whose truth is no carry a type of their own.
@@ -42,7 +42,7 @@ class Amber(Source):
         raw = read_json(self._annotations)
         if not isinstance(raw, list):
             raise UserError("is no list of annotations", file=self._annotations, mend="Use AMBER's annotations.json")
-        annotations = {row["id"]: row for row in raw if isinstance(row, dict) and "id" in row}
+        annotations = by_id(raw, "id")
         for path in self._queries:
             for where, row in json_rows(path):
                 yield checked(where, row, partial(self._row, where, annotations))

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from csp_jax.errors import UserError
-from csp_jax.records import Item
 from data_prep.unit import BadRow, Merged, Reject, Row, Unit
 
 AnyRow = Row | BadRow | Merged
 YES_NO = ("yes", "no")
+TEXTS = ("id", "question", "response", "truth", "rejected", "keyword", "category", "coefficient_dataset")
+LISTS = ("candidates", "subsets")
 EDGE = 1 << 20  # bytes hashed at each end of a source's file
 
 
@@ -69,7 +70,7 @@ class FileSource(Source):
 def units(source: Source, *, group: bool, limit: int = 0) -> Iterator[Unit]:
     """The source's rows as units: one a row, or (with `group`) one a picture, in the order of first appearance.
 
-    A bad row is a unit with a reject and no question. An id that an earlier row has is a bad row.
+    A bad row is a unit with a reject and no question. So is one that cannot be written down, or whose id is taken.
     """
     rows = itertools.islice(source.rows(), limit) if limit else source.rows()
     distinct = _distinct(rows)
@@ -82,6 +83,10 @@ def _distinct(rows: Iterator[AnyRow]) -> Iterator[AnyRow]:
     seen: set[str] = set()
     for row in rows:
         if isinstance(row, Row):
+            problem = row_problem(row)
+            if problem:
+                yield BadRow(row.where, *problem, row.item.id if isinstance(row.item.id, str) else "")
+                continue
             if row.item.id in seen:
                 yield BadRow(row.where, "duplicate_id", f"{row.item.id} is there already", row.item.id)
                 continue
@@ -141,26 +146,26 @@ def _add(unit: Unit, row: Row) -> None:
     item = row.item
     if item.regions:
         item = dataclasses.replace(item, regions=tuple(dict.fromkeys(places[index] for index in item.regions)))
-    problem = text_problem(item)
     unit.where[item.id] = row.where
     unit.items.append(item)
-    if problem:
-        unit.reject(item, "source", *problem)
 
 
-def text_problem(item: Item) -> tuple[str, str] | None:
-    """Why a question cannot be written as text: (reason, detail), or None."""
-    if not item.question.strip():
-        return "empty_question", ""
-    for name in ("id", "question", "response", "truth", "rejected", "keyword", "category"):
-        value = getattr(item, name)
+def row_problem(row: Row) -> tuple[str, str] | None:
+    """Why a row cannot be written down: (reason, detail), or None."""
+    item = row.item
+    texts = [("image_id", row.image_id), *((name, getattr(item, name)) for name in TEXTS)]
+    texts += [(name, value) for name in LISTS for value in getattr(item, name)]
+    texts += [("keyword", region.keyword) for region in row.regions]
+    for name, value in texts:
+        if not isinstance(value, str):
+            return "bad_row", f"{name} is {type(value).__name__}, not text"
         try:
             value.encode()
         except UnicodeEncodeError as error:
             return "bad_unicode", f"{name}: {error.reason} at {error.start}"
         if "\x00" in value or "\ufffd" in value:
             return "bad_unicode", f"{name}: a character that stands for one that was lost"
-    return None
+    return None if item.question.strip() else ("empty_question", "")
 
 
 def resolve(root: Path, patterns: tuple[str, ...] | str, field: str) -> list[Path]:
@@ -203,6 +208,11 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{path.name}:{number}", error
 
 
+def by_id(rows: list[Any], field: str) -> dict[Any, dict[str, Any]]:
+    """Objects by a field of theirs; what has no usable one is left out."""
+    return {row[field]: row for row in rows if isinstance(row, dict) and isinstance(row.get(field), int | str)}
+
+
 def checked(where: str, row: Any, make: Callable[[dict[str, Any]], AnyRow]) -> AnyRow:
     """`make(row)`, or the bad row that it is: not an object, or a field that is missing or of another kind."""
     if isinstance(row, Exception):
@@ -213,7 +223,7 @@ def checked(where: str, row: Any, make: Callable[[dict[str, Any]], AnyRow]) -> A
         return make(row)
     except KeyError as error:
         return BadRow(where, "bad_row", f"the field {error} is missing")
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         return BadRow(where, "bad_row", str(error))
 
 

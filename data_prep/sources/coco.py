@@ -10,16 +10,11 @@ import numpy as np
 
 from csp_jax.errors import UserError
 from csp_jax.records import Item
+from csp_jax.text import existence_question
 from data_prep.config import CocoConfig
 from data_prep.masks import coco_segmentation
-from data_prep.sources.base import AnyRow, FileSource, read_json, yes_no_fields
+from data_prep.sources.base import AnyRow, FileSource, read_json, text, yes_no_fields
 from data_prep.unit import BadRow, ImageFile, Region, Row
-
-
-def existence_question(noun: str) -> str:
-    """`Is there a dog in the image?`"""
-    article = "an" if noun[0].lower() in "aeiou" else "a"
-    return f"Is there {article} {noun} in the image?"
 
 
 class Coco(FileSource):
@@ -38,16 +33,24 @@ class Coco(FileSource):
     def rows(self) -> Iterator[AnyRow]:
         raw = read_json(self._file)
         try:
-            names = {category["id"]: category["name"] for category in raw["categories"]}
-            images = raw["images"]
-            of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
-            for annotation in raw["annotations"]:
-                of_image[annotation["image_id"]].append(annotation)
-            here = {image: {a["category_id"] for a in those} for image, those in of_image.items()}
-        except (KeyError, TypeError) as error:
+            names = {int(category["id"]): text(category, "name") for category in raw["categories"]}
+            images, annotations = list(raw["images"]), list(raw["annotations"])
+            if not all(names.values()):
+                raise ValueError("name of a category")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             problem = f"has no usable {error}"
             raise UserError(problem, file=self._file, mend="Use COCO's instances_*.json") from None
-        pictures = Counter(category for those in here.values() for category in those)
+        of_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for number, annotation in enumerate(annotations):
+            if isinstance(annotation, dict) and isinstance(annotation.get("image_id"), int):
+                of_image[annotation["image_id"]].append(annotation)
+            else:
+                yield BadRow(f"{self._file.name}:annotation {number}", "bad_row", "no usable image_id")
+        # a category that is none makes its picture a bad row, below
+        here = [
+            {a["category_id"] for a in those if isinstance(a.get("category_id"), int)} for those in of_image.values()
+        ]
+        pictures = Counter(category for those in here for category in those)
         for image in images:
             yield from self._picture(image, names, of_image, pictures)
 
@@ -60,11 +63,11 @@ class Coco(FileSource):
     ) -> Iterator[AnyRow]:
         where = f"{self._file.name}:image {image.get('id')}" if isinstance(image, dict) else self._file.name
         try:
-            identifier, file = image["id"], ImageFile(self._images / image["file_name"])
+            identifier, file = int(image["id"]), ImageFile(self._images / text(image, "file_name"))
             picture = f"{self.dataset}-{image['file_name']}"
             regions = [(a["category_id"], self._region(image, names, a)) for a in of_image[identifier]]
-        except (KeyError, TypeError, ValueError) as error:
-            yield BadRow(where, "bad_row", str(error))
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            yield BadRow(where, "bad_row", repr(error))
             return
         crowds = {a["category_id"] for a in of_image[identifier] if a.get("iscrowd")}
         single = {a["category_id"] for a in of_image[identifier] if not a.get("iscrowd")}
@@ -88,7 +91,7 @@ class Coco(FileSource):
             return []
         odds = np.array([pictures[category] if self.config.absent == "popular" else 1 for category in absent], float)
         usable = int((odds > 0).sum())
-        generator = np.random.default_rng(int(identifier))
+        generator = np.random.default_rng(abs(identifier))
         chosen = generator.choice(
             len(absent), min(count, usable), replace=False, p=odds / odds.sum() if usable else None
         )

@@ -85,7 +85,7 @@ class Rlaifv(Source):
             columns = [name for name in USED if name in file.schema_arrow.names]
             columns += ["image.path"] if "image_path" not in columns else []
             for group in range(file.num_row_groups):
-                for place, row in enumerate(file.read_row_group(group, columns=columns).to_pylist()):
+                for place, row in enumerate(_read(file, path, group, columns)):
                     image = ParquetImage(pictures, path, group, place)
                     yield checked(
                         f"{path.name}:{number}", row, partial(self._row, f"{path.name}:{number}", number, image)
@@ -110,15 +110,25 @@ class Rlaifv(Source):
 
 
 def _open(path: Path) -> Any:
-    import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise UserError(f"cannot be read as parquet ({error})", file=path, mend="Download the file again") from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
     missing = NEEDED - set(file.schema_arrow.names)
     if missing:
         problem = f"the columns {', '.join(sorted(missing))} are missing"
         raise UserError(problem, file=path, mend="RLAIF-V's columns are image, question, chosen and rejected")
     return file
+
+
+def _read(file: Any, path: Path, group: int, columns: list[str]) -> list[dict[str, Any]]:
+    try:
+        return file.read_row_group(group, columns=columns).to_pylist()
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"cannot be read as parquet ({error})", file=path, mend="Download the file again")

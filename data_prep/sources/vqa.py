@@ -11,7 +11,7 @@ from typing import Any
 from csp_jax.errors import UserError
 from csp_jax.records import Item
 from data_prep.config import VqaConfig
-from data_prep.sources.base import YES_NO, AnyRow, Source, checked, read_json, resolve, text, yes_no_fields
+from data_prep.sources.base import YES_NO, AnyRow, Source, by_id, checked, read_json, resolve, text, yes_no_fields
 from data_prep.unit import BadRow, ImageFile, Row
 
 
@@ -46,11 +46,7 @@ class Vqa(Source):
         ):
             if not isinstance(raw, dict) or not isinstance(raw.get(name), list):
                 raise UserError(f"has no list of {name}", file=path, mend="Use VQA's own files")
-        of_question = {
-            row["question_id"]: row
-            for row in annotations["annotations"]
-            if isinstance(row, dict) and "question_id" in row
-        }
+        of_question = by_id(annotations["annotations"], "question_id")
         for number, row in enumerate(questions["questions"], start=1):
             where = f"{self._questions.name}:{number}"
             yield checked(where, row, partial(self._row, where, of_question))

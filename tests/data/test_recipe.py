@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import pickle
 import re
 from fractions import Fraction
@@ -13,9 +14,10 @@ import scipy.stats
 from recipe_reader import Reader, box_mask, items_of, object_masks, only_picture, pixels
 
 from csp_jax.data.batch import CHOSEN, PLAIN, REJECTED
-from csp_jax.data.recipes.evidence import evidence_label
+from csp_jax.data.recipes import base
+from csp_jax.data.recipes.evidence import evidence_label, responses
 from csp_jax.errors import UserError
-from csp_jax.records import Item, Record
+from csp_jax.records import Item, Record, decode_mask
 
 SCENES = 60
 
@@ -129,6 +131,89 @@ def test_evidence_under_simpo_mirrors_every_label_but_50(reader):
         assert drawn.counts["no_mirror"] == fifty
         dropped += fifty
     assert dropped > 20
+
+
+def preferences(record: Record, **changes: object) -> Record:
+    """The record with its yes/no items as pairs of a preferred and a rejected answer: no candidates, no truth."""
+    asked = [item for item in record.items if item.candidates]
+    items = [dataclasses.replace(item, truth="", candidates=(), **changes) for item in asked]
+    return dataclasses.replace(record, items=tuple(items))
+
+
+def test_evidence_about_free_answers_has_no_prior(reader):
+    """c for the preferred answer, 0 for the rejected one; an item without a known object has no label."""
+    recipe = reader.recipe("evidence", region="box", free_form=True)
+    kinds: collections.Counter[str] = collections.Counter()
+    for index in range(SCENES):
+        record = preferences(reader.record(index))
+        drawn = recipe(record, np.random.default_rng(index))
+        picture, items = only_picture(drawn.sample), items_of(record)
+        percent = int(picture.confidence)
+        labels = collections.defaultdict(dict)
+        for asked in reader.asked(recipe, drawn.sample):
+            labels[asked.question][asked.response] = asked.percent
+        assert drawn.counts["skipped_without_object"] == sum(not item.regions for item in record.items)
+        for question, by_response in labels.items():
+            item = items[question]
+            masks = [box_mask(record, i) for i in item.regions]
+            hidden = max((mask & picture.mask).sum() / mask.sum() for mask in masks)
+            assert hidden >= 0.9 or hidden <= 0.1
+            kept = percent if hidden >= 0.9 else 100
+            assert by_response == {item.response: evidence_label(kept, True, 0.0), item.rejected: 0}
+            assert by_response[item.response] == kept
+            kinds["buried" if hidden >= 0.9 else "visible"] += 1
+    assert min(kinds.values()) > 20, kinds
+
+
+def test_evidence_takes_free_answers_only_on_request_and_where_it_knows_them(reader):
+    generator = np.random.default_rng(0)
+    record = preferences(reader.record(0))
+    drawn = reader.recipe("evidence")(record, generator)
+    assert (drawn.sample, drawn.counts) == (None, {"skipped_without_candidates": 1})
+    unverified = preferences(reader.record(0), right=-1)
+    drawn = reader.recipe("evidence", free_form=True)(unverified, generator)
+    assert (drawn.sample, drawn.counts) == (None, {"skipped_without_truth": len(record.items)})
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        (Item("a", "?", "a cat", right=1, rejected="a dog"), {"a cat": True, "a dog": False}),
+        (Item("a", "?", "a cat", right=1, rejected="a cat"), {"a cat": True}),
+        (Item("a", "?", "a cat", right=0, rejected="a dog"), {"a cat": False}),
+        (Item("a", "?", "a cat", right=0, truth="a dog"), {"a dog": True, "a cat": False}),
+        (Item("a", "?", "a cat", right=1, truth="cat"), {"cat": True, "a cat": True}),
+        (Item("a", "?", "a cat", right=-1, rejected="a dog"), {}),
+        (Item("a", "?", "yes", right=1, candidates=("yes", "no")), {}),
+    ],
+)
+def test_which_responses_are_known_to_be_right_or_wrong(item, expected):
+    assert responses(item)[0] == expected
+
+
+def test_evidence_draws_where_no_asked_item_has_an_object(reader):
+    """A region that belongs to none of the questions is still something to bury beside them."""
+    record = reader.record(0)
+    absent = tuple(item for item in record.items if item.candidates and not item.regions)
+    assert absent
+    assert record.regions
+    drawn = reader.recipe("evidence", clean=0.0)(dataclasses.replace(record, items=absent), np.random.default_rng(0))
+    assert only_picture(drawn.sample).mask.any()
+
+
+def test_evidence_decodes_a_region_once(reader, monkeypatch):
+    decoded = []
+
+    def counting(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+        decoded.append(id(mask))
+        return decode_mask(mask, height, width)
+
+    monkeypatch.setattr(base, "decode_mask", counting)
+    recipe = reader.recipe("evidence", clean=0.0, region="mask", elsewhere=1.0)
+    for index in range(10):
+        decoded.clear()
+        reader.draw(recipe, index)
+        assert len(decoded) == len(set(decoded)) == len(reader.record(index).regions)
 
 
 # --- paper -----------------------------------------------------------------------------------------------------

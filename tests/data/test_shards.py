@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from csp_jax.data.shards import ShardSource, evaluation_records, record_dataset, training_batches
+from csp_jax.data.shards import ShardSource, record_dataset, training_batches
 from csp_jax.errors import UserError
 from csp_jax.records import Item, Record, ShardWriter
 
@@ -193,17 +193,3 @@ def test_a_worker_that_meets_a_damaged_shard_names_it(directory):
     with pytest.raises(Exception, match="array_record-00002-of-00005: the shard is missing"):
         list(iterator)
     iterator.close()
-
-
-@pytest.mark.parametrize("host_count", [1, 2, 3])
-@pytest.mark.parametrize("batch_size", [1, 4, 30])
-def test_evaluation_sees_every_record_once(source, host_count, batch_size):
-    hosts = [
-        list(evaluation_records(source, batch_size=batch_size, host_index=index, host_count=host_count))
-        for index in range(host_count)
-    ]
-    assert len({len(batches) for batches in hosts}) == 1
-    assert {len(batch) for batches in hosts for batch in batches} == {batch_size}
-    records = [record for batches in hosts for batch in batches for record in batch if record is not None]
-    assert sorted(int(record.id) for record in records) == list(range(RECORDS))
-    assert records[0] == make_record(0)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import itertools
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import prep_samples
 import pytest
 from PIL import Image
-from prep_runs import prepared, records, rejects
+from prep_runs import SOURCES, config_of, prepared, records, rejects
 
 from csp_jax.errors import UserError
 from csp_jax.families.interface import open_image
-from csp_jax.records import decode_mask
+from csp_jax.records import decode_mask, encode
 from data_prep.config import ImagesConfig
+from data_prep.ledger import entry_totals
+from data_prep.pack import check_totals, entry_of, make_record, split_of
 from data_prep.pictures import open_picture
+from data_prep.run import open_stages
+from data_prep.sources.base import units
+from data_prep.sources.registry import open_source
 from data_prep.verify import verify
 
 
@@ -86,6 +94,73 @@ def test_every_kind_of_bad_row_has_its_reason(tmp_path):
     assert sum(count for name, count in totals.items() if name.startswith("rejected.")) == len(bad)
     assert records(done.directory)[-1].items[0].question == unicode["question"]
     assert verify(done.directory)["records"] == len(bad) + 1
+
+
+FATAL = {
+    "pope": {(0,)},  # lines that begin with a list are taken for an array
+    "coco": {("images",), ("annotations",), ("categories",), ("categories", 0), ("categories", 1)},
+    "vqav2": {("questions",), ("annotations",)},
+    "okvqa": {("questions",), ("annotations",)},
+    "textvqa": {("data",)},
+}
+WRONG = (None, 3, "", "x\udcff", "\x00", [], {}, 1e999)
+ABSENT = object()
+
+
+def places(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """The path of every field of a JSON value; of lists, the first two entries."""
+    keys = value if isinstance(value, dict) else range(min(len(value), 2)) if isinstance(value, list) else ()
+    for key in keys:
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+def changed(whole: object, path: tuple, value: object) -> object:
+    """A copy with another value at one place, or without it."""
+    copied = copy.deepcopy(whole)
+    inner = copied
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is ABSENT:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return copied
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [name for name in SOURCES if name != "rlaifv"])
+def test_no_field_of_any_kind_ends_a_run(source, tmp_path):
+    """Every field of every source's files with every kind of wrong value: a reject, or a question that can be packed.
+
+    UserError is for what makes a whole file useless: it is no list of rows.
+    """
+    root = tmp_path / source
+    prep_samples.BUILDERS[source](root)
+    config = config_of(source, root, tmp_path / "out")
+    stages, _ = open_stages(config)
+    fatal: set[tuple] = set()
+    for file in sorted({*root.rglob("*.json"), *root.rglob("*.jsonl")}):
+        text = file.read_text()
+        lines = text.count("\n") > 1
+        whole = [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+        for path, value in itertools.product(list(places(whole)), (ABSENT, *WRONG)):
+            broken = changed(whole, path, value)
+            file.write_text("".join(json.dumps(row) + "\n" for row in broken) if lines else json.dumps(broken))
+            try:
+                made = list(units(open_source(config), group=False))
+            except UserError:
+                fatal.add(path[:2] if "categories" in path else path[:1])
+                continue
+            for stage in stages:
+                stage(made)
+            totals: Counter[str] = Counter()
+            for unit in made:
+                totals.update(entry_totals(entry_of(unit, split_of(unit.image_id, {"train": 1.0}))))
+                assert not unit.items or encode(make_record(unit, source))
+            check_totals(totals)
+        file.write_text(text)
+    assert fatal == FATAL.get(source, set())
 
 
 def test_when_everything_is_rejected_the_run_says_why(tmp_path):

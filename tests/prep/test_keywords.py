@@ -11,7 +11,7 @@ from typing import Any
 import prep_samples
 import pytest
 from prep_models import tiny_language_model
-from prep_runs import config_of, prepared, records, rejects
+from prep_runs import config_of, prepared, records, rejects, tree
 from prep_server import completion, serving
 
 from csp_jax.errors import UserError
@@ -86,6 +86,11 @@ def test_a_keyword_must_occur(keyword, holds):
     assert occurs(keyword, "What stands beside the wooden benches?", "Some trees.") is holds
 
 
+@pytest.mark.parametrize("keyword", ["no", "image", "kind"])
+def test_a_keyword_must_name_a_thing(keyword):
+    assert not occurs(keyword, "What kind of tie is in the image?", "no")
+
+
 class Told:
     """A finder that says what it is told, and counts."""
 
@@ -153,6 +158,25 @@ def test_keywords_that_do_not_hold_fall_back_on_the_rule(tmp_path):
     assert dog.items[0].keyword == "zebra"
     mug, *_ = run_with(Told({"Is there a mug in the image?": "image"}), tmp_path / "own", given=False, check=False)
     assert mug.items[0].keyword == "image"
+
+
+def test_the_survey_tells_what_was_said_and_what_came_of_it(tmp_path, monkeypatch):
+    """Every different question is asked once, also where the source has a keyword; nothing is written."""
+    from data_prep.keywords import survey
+
+    prep_samples.pope(tmp_path / "pope")
+    finder = Told({"Is there a plate in the image?": "The plate.", "Is there a car in the image?": "bus"})
+    monkeypatch.setattr(survey, "open_finder", lambda config, prompts: (finder, {}))
+    before = tree(tmp_path)
+    counts, answers = survey.survey(config_of("pope", tmp_path / "pope", tmp_path / "out"))
+    found = {answer.question: (answer.said, answer.keyword, answer.how, answer.rule) for answer in answers}
+    assert found["Is there a plate in the image?"] == ("The plate.", "plate", "keyword_found", "plate")
+    assert found["Is there a car in the image?"] == ("bus", "car", "keyword_by_rule", "car")
+    assert found["Is there a fork in the image?"] == ("", "fork", "keyword_by_rule", "fork")
+    assert len(finder.asked) == len(answers) + 1 == 5  # and one to warm up
+    assert (counts["different questions"], counts["keyword_found"], counts["keyword_by_rule"]) == (4, 1, 3)
+    assert counts["keyword_found, the same as the rule's"] == 1
+    assert tree(tmp_path) == before
 
 
 def test_questions_without_a_keyword_can_be_kept(tmp_path):
@@ -261,6 +285,7 @@ def test_spacy_noun_chunks():
         "Is there a snowboard in the image?": "snowboard",
         "Is there a traffic light in the image?": "traffic light",
         "What colour is the old wooden bench?": "bench",
+        "Is there direct contact between the dog and beach?": "dog",
     }
     assert finder([(question, "") for question in asked]) == list(asked.values())
 

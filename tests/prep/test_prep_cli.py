@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import prep_samples
@@ -16,17 +21,18 @@ from prep_runs import records, tree
 
 from csp_jax.errors import UserError
 from csp_jax.world import WorldConfig, build
-from data_prep.cli import split_arguments
+from data_prep.cli import Meter, split_arguments
 from data_prep.config import load_prep_config
 from data_prep.verify import verify
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs" / "prep").glob("*.yaml"))
 RULE = "keywords.model={name: rule}"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def prep(*arguments: object, at: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = {**ENVIRONMENT, "COLUMNS": "200"}
     command = [sys.executable, "-m", "data_prep.cli", *map(str, arguments)]
     done = subprocess.run(command, cwd=at, env=environment, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr
@@ -77,6 +83,18 @@ def test_the_photographic_world_through_the_stage(place):
     assert all(record.regions for record in cut)
 
 
+def test_keywords_are_tried_out_without_pictures(place):
+    bare = place / "bare"
+    shutil.copytree(place / "data" / "pope", bare, ignore=shutil.ignore_patterns("val2014"))
+    done = prep("keywords", ROOT / "configs/prep/pope.yaml", f"source.root={bare}", RULE, "--json", at=place)
+    found = json.loads(done.stdout)
+    assert (found["different questions"], found["keyword_found"]) == (4, 4)
+    assert [answer["keyword"] for answer in found["answers"]][:2] == ["plate", "fork"]
+    limited = prep("keywords", ROOT / "configs/prep/pope.yaml", f"source.root={bare}", RULE, "--limit=1", at=place)
+    assert "Is there a plate" in limited.stdout
+    assert "fork" not in limited.stdout
+
+
 def test_a_dry_run_estimates_and_writes_nothing(place):
     before = tree(place / "data")
     done = prep("run", ROOT / "configs/prep/folder.yaml", "out=dry", "--dry-run", "--json", at=place)
@@ -97,6 +115,43 @@ def test_a_run_says_what_it_did_and_verify_agrees(place):
     (place / "said" / "rejects.jsonl").unlink()
     broken = prep("verify", "said", at=place, check=False)
     assert broken.returncode == 2
+
+
+def test_a_terminal_sees_a_bar_with_rate_time_left_and_drops(place):
+    ours, theirs = pty.openpty()
+    arguments = [
+        "run",
+        str(ROOT / "configs/prep/amber.yaml"),
+        "out=seen",
+        RULE,
+        "localize.detector={name: annotations}",
+    ]
+    environment = {**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "160"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_prep.cli", *arguments], cwd=place, env=environment, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # what the other end of a closed terminal raises
+        while data := os.read(ours, 4096):
+            seen += data
+    os.close(ours)
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
+    assert re.search(r"amber \S+ +7/7 [\d.]+/s +\d+:\d\d:\d\d +1 dropped \(no_answer 1\)", text)
+
+
+def test_a_log_gets_lines_with_rate_time_left_and_drops(capsys, monkeypatch):
+    times = iter([0.0, 40.0, 50.0, 100.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(times))
+    totals = Counter({"rejected": 3, "rejected.no_object": 2, "rejected.gray_image": 1})
+    meter = Meter("rlaifv", 7300, shown=True)
+    for rows in (100, 140, 150, 300):  # 100 of an earlier run; two a second
+        meter(rows, totals if rows > 140 else Counter())
+    assert capsys.readouterr().err.splitlines() == [
+        "rlaifv: 140 of 7300 rows, 1.0/s, 2.0 h left",
+        "rlaifv: 300 of 7300 rows, 2.0/s, 1.0 h left, 3 dropped (no_object 2, gray_image 1)",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,23 @@ def test_an_interrupted_run_goes_on_with_another_engine(tmp_path):
     assert tree(tmp_path / "out") == tree(tmp_path / "plain")
 
 
+def test_a_cluster_of_two_nodes_that_others_started(tmp_path):
+    """`run.address`: both nodes work, and the cluster is still there afterwards."""
+    from ray.cluster_utils import Cluster
+
+    source_of(tmp_path / "source", 24)
+    run(tmp_path, "plain", {"progress": False, "threads": 1})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        done = run(tmp_path, "out", {**WORKERS, "cpus": 1.0, "address": cluster.address})
+        assert done.totals["rows"] == 24
+        assert tree(tmp_path / "out") == tree(tmp_path / "plain")
+        assert len(cluster.list_all_nodes()) == 2
+    finally:
+        cluster.shutdown()
+
+
 def test_what_a_worker_cannot_do_is_one_clear_line(tmp_path):
     source_of(tmp_path / "source", 2)
     model = {"name": "sam", "checkpoint": str(tmp_path / "gone.pth")}

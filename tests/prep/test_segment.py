@@ -138,6 +138,31 @@ def test_segment_anything_itself(name):
     assert found.score == pytest.approx(min(1.0, float(case["scores"][best])), abs=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "blocks", "heads"), [("vit_b", 12, 12), ("vit_l", 24, 16), ("vit_h", 32, 16)])
+def test_every_published_size_fits(kind, blocks, heads):
+    """Names and shapes of the authors' models, without their weights."""
+    pytest.importorskip("torchvision", reason="segment-anything needs torchvision: make test-sam runs this")
+    pytest.importorskip("segment_anything", reason="segment-anything is not installed: make test-sam runs this")
+    from segment_anything import sam_model_registry
+
+    with torch.device("meta"):
+        theirs = sam_model_registry[kind]()
+        mine = sam_model(theirs.state_dict(), kind)
+    vision = mine.config.vision_config
+    assert (vision.num_hidden_layers, vision.num_attention_heads) == (blocks, heads)
+    assert vision.num_attention_heads == theirs.image_encoder.blocks[0].attn.num_heads
+    assert (vision.image_size, vision.window_size) == (1024, 14)
+    assert [n for n, block in enumerate(theirs.image_encoder.blocks) if not block.window_size] == list(
+        vision.global_attn_indexes
+    )
+    sizes = [
+        sum(p.numel() for p in part.parameters())
+        for whole in (theirs, mine)
+        for part in (getattr(whole, "image_encoder", None) or whole.vision_encoder, whole.mask_decoder)
+    ]
+    assert sizes[:2] == sizes[2:]
+
+
 def test_segment_anything_says_what_is_missing(tmp_path):
     from data_prep.segment.sam_anything import SegmentAnything
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import prep_samples
@@ -235,6 +236,13 @@ def test_ids_that_come_twice_are_rejected(tmp_path):
     assert [reject["reason"] for reject in rejects(done.directory)] == ["duplicate_id"] * 2
 
 
+def damage(path: Path) -> None:
+    """Zeros over all pages; the footer stays whole."""
+    data = path.read_bytes()
+    footer = int.from_bytes(data[-8:-4], "little") + 8
+    path.write_bytes(data[:4] + bytes(len(data) - footer - 4) + data[-footer:])
+
+
 @pytest.mark.parametrize(
     ("source", "break_it", "field"),
     [
@@ -242,6 +250,7 @@ def test_ids_that_come_twice_are_rejected(tmp_path):
         ("amber", lambda root: (root / "annotations.json").write_text("{"), "annotations.json"),
         ("coco", lambda root: (root / "annotations/instances_val2014.json").write_text("[]"), "instances"),
         ("rlaifv", lambda root: (root / "RLAIF-V-Dataset_001.parquet").write_bytes(b"PAR1"), "_001.parquet"),
+        ("rlaifv", lambda root: damage(root / "RLAIF-V-Dataset_001.parquet"), "_001.parquet"),
         ("textvqa", lambda root: (root / "TextVQA_0.5.1_val.json").write_text("[]"), "TextVQA"),
     ],
 )

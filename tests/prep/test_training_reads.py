@@ -66,6 +66,25 @@ def test_rlaif_pairs_train_the_paper_s_recipe_and_the_original_answers(checkpoin
     assert "dog" in rejected
 
 
+def test_rlaif_pairs_train_the_evidence_recipe_on_request(checkpoint, tmp_path):
+    """The preferred answer gets what is visible, the rejected one nothing; without trust there is no label."""
+    done = prepared("rlaifv", tmp_path)
+    source = ShardSource(done.directory, "train")
+    made = recipe(checkpoint, "evidence", free_form=True, clean=0.0, elsewhere=0.0)
+    for number, record in enumerate(records(done.directory)):
+        sample = made(source[number], np.random.default_rng(number)).sample
+        (picture,) = sample.pictures
+        labels = [int(re.search(r"(\d+)%</s>$", said)[1]) for said in texts(made, sample)]
+        assert labels == [int(picture.confidence), 0]
+        for said, response in zip(texts(made, sample), (record.items[0].response, record.items[0].rejected)):
+            assert response.rstrip(".") in said
+    assert recipe(checkpoint, "evidence")(source[0], np.random.default_rng(0)).sample is None
+    settings = {"name": "rlaifv", "root": str(tmp_path / "rlaifv"), "trust": False}
+    (unverified, *_) = records(prepared("rlaifv", tmp_path / "plain", source=settings).directory)
+    drawn = made(unverified, np.random.default_rng(0))
+    assert (drawn.sample, drawn.counts) == (None, {"skipped_without_truth": 1})
+
+
 def test_existence_questions_train_the_evidence_recipe(checkpoint, tmp_path):
     done = prepared("coco", tmp_path, pack={"group": True})
     made = recipe(checkpoint, "evidence", clean=0.0, items=8)

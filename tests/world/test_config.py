@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from csp_jax.world import WorldConfig
-from csp_jax.world.catalogue import embedded_objects, with_article
+from csp_jax.world.catalogue import embedded_objects
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,11 +44,3 @@ def test_embedded_objects():
         assert 1 <= len(item.name.split()) <= 2
         (cutout,) = item.train
         assert max(cutout.size) >= 60
-
-
-@pytest.mark.parametrize(
-    ("noun", "text"),
-    [("cat", "a cat"), ("octopus", "an octopus"), ("umbrella", "an umbrella"), ("bus", "a bus")],
-)
-def test_articles(noun, text):
-    assert with_article(noun) == text

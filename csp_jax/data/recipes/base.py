@@ -176,7 +176,8 @@ class Recipe(abc.ABC):
 
     def retention(self, asker: Asker, record: Record, generator: np.random.Generator) -> list[Bundle]:
         """Ordinary questions and answers beside the confidence queries, so that answering is kept."""
-        usable = [item for item in record.items if item.candidates and item.right == 1]
+        asked_about = [item for item in record.items if item.candidates or self.config.free_form]
+        usable = [item for item in asked_about if item.right == 1]
         count = min(self.config.retention_items, len(usable))
         chosen = generator.permutation(len(usable))[:count]
         return [(asker.answer(usable[i].question, usable[i].response),) for i in chosen]
@@ -187,18 +188,23 @@ class Recipe(abc.ABC):
             return int(generator.integers(0, 100 // self.config.grid + 1)) * self.config.grid
         return int(generator.integers(0, 101))
 
+    def region_masks(self, record: Record, size: tuple[int, int]) -> tuple[Bool[np.ndarray, "height width"], ...]:
+        """Every region of a picture of `size` (width, height)."""
+        return tuple(self.region_mask(record, size, (index,)) for index in range(len(record.regions)))
+
     def region_mask(
-        self, record: Record, image: Image.Image, indices: Iterable[int]
+        self, record: Record, size: tuple[int, int], indices: Iterable[int]
     ) -> Bool[np.ndarray, "height width"]:
         """The union of regions, as masks, as their boxes, or as squares around them."""
-        total = np.zeros((image.height, image.width), bool)
+        width, height = size
+        total = np.zeros((height, width), bool)
         for index in indices:
             region = record.regions[index]
             if self.config.region == "mask":
-                total |= decode_mask(region.mask, image.height, image.width)
+                total |= decode_mask(region.mask, height, width)
                 continue
             x0, y0, x1, y1 = (round(edge) for edge in region.box)
             if self.config.region == "square":
-                x0, y0, x1, y1 = square_around((x0, y0, x1, y1), image.width, image.height)
+                x0, y0, x1, y1 = square_around((x0, y0, x1, y1), width, height)
             total[y0:y1, x0:x1] = True
         return total

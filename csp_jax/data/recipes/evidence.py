@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool
-from PIL import Image
 
 from csp_jax.data.recipes.base import Asker, Bundle, Drawn, Recipe
 from csp_jax.records import Item, Record
+
+Mask = Bool[np.ndarray, "height width"]
 
 
 def evidence_label(percent: float, right: bool, prior: float) -> int:
     """`c [response is right] + (1 - c) prior`, as a whole percentage (design: recipes)."""
     return round(percent * right + (100 - percent) * prior)
+
+
+def responses(item: Item) -> tuple[dict[str, bool], float]:
+    """What can be answered, each with whether it is right (empty: unknown), and the prior of each.
+
+    One of k candidates has the prior 1/k, a free-form answer 0. Of a preference pair the rejected one counts as
+    wrong where the preferred one counts as right; neither was verified.
+    """
+    if len(item.candidates) > 1:
+        known = {response: response == item.truth for response in item.candidates} if item.truth else {}
+        return known, 1 / len(item.candidates)
+    known = {item.truth: True} if item.truth else {}
+    if item.response and item.right >= 0:
+        known.setdefault(item.response, item.right == 1)
+    if item.rejected and any(known.values()):
+        known.setdefault(item.rejected, False)
+    return known, 0.0
+
+
+@dataclass(frozen=True)
+class Burial:
+    """What a picture hides: the buried regions, the pixels under noise, and those of every region of the record."""
+
+    regions: frozenset[int] = frozenset()  # empty: none, or a place without an object
+    pixels: Mask | None = None  # None: none, or all of them
+    shapes: tuple[Mask, ...] = ()
+
+    @property
+    def clean(self) -> bool:
+        """Is nothing hidden?"""
+        return self.pixels is None and not self.regions
 
 
 class EvidenceRecipe(Recipe):
@@ -23,98 +56,98 @@ class EvidenceRecipe(Recipe):
     One region of the picture is buried (or none, with probability `clean`). An item is affected if the region is its
     key object, or stands in for it: an item without an object is affected with probability `1 - distractor` by a
     region that is not its own, so that noise says nothing about presence. What is not affected keeps its label.
+    With `free_form`, items without candidates are asked about, too.
     """
 
     def __call__(self, record: Record, generator: np.random.Generator) -> Drawn:
         counts: Counter = Counter()
-        items = [item for item in record.items if item.truth and len(item.candidates) > 1]
+        items = self.usable(record, counts)
         if not items:
-            counts["skipped_without_candidates"] += 1
             return Drawn(None, counts)
         image = self.open(record)
-        buried, region = self.choose_region(record, image, items, generator)
-        percent = 100 if region is None and not buried else self.draw_percent(generator)
-        picture = self.picture(record, image, region, percent)
+        burial = self.bury(record, image.size, items, generator)
+        percent = 100 if burial.clean else self.draw_percent(generator)
+        picture = self.picture(record, image, burial.pixels, percent)
         asker = Asker(self.family, self.prompts, picture)
         bundles: list[Bundle] = []
         for i in generator.permutation(len(items)):
             if len(bundles) == self.config.items:
                 break
-            share = self.visible(record, image, items[i], buried, region, percent, generator)
+            share = self.visible(items[i], burial, percent, generator)
             if share is None:
                 counts["half_covered"] += 1
                 continue
-            bundle = self.both_responses(asker, items[i], share, counts)
+            bundle = self.every_response(asker, items[i], share, counts)
             bundles += [bundle] if bundle else []
         return self.sample(picture, bundles + self.retention(asker, record, generator), counts)
 
-    def both_responses(self, asker: Asker, item: Item, share: float, counts: Counter) -> Bundle:
-        """Every candidate as the response, with its label; the queries share what they begin with."""
-        prior = 1 / len(item.candidates)
+    def usable(self, record: Record, counts: Counter) -> list[Item]:
+        """The items whose labels are known. Free-form ones need regions: their object is there, found or not."""
+        items = []
+        for item in record.items:
+            if len(item.candidates) < 2 and not self.config.free_form:
+                continue
+            if not responses(item)[0]:
+                counts["skipped_without_truth"] += 1
+            elif len(item.candidates) < 2 and not item.regions:
+                counts["skipped_without_object"] += 1
+            else:
+                items.append(item)
+        if not items and not self.config.free_form:
+            counts["skipped_without_candidates"] += 1
+        return items
+
+    def every_response(self, asker: Asker, item: Item, share: float, counts: Counter) -> Bundle:
+        """Right and wrong responses, each with its label; the queries share what they begin with."""
+        known, prior = responses(item)
         branches: Bundle = ()
-        for response in item.candidates:
-            label = evidence_label(share, response == item.truth, prior)
+        for response, right in known.items():
+            label = evidence_label(share, right, prior)
             branches += self.label_bundle(asker, item.question, response, label, counts) or ()
         return branches
 
-    def choose_region(
-        self, record: Record, image: Image.Image, items: list[Item], generator: np.random.Generator
-    ) -> tuple[frozenset[int], Bool[np.ndarray, "height width"] | None]:
-        """The regions that are buried (empty: a place without an object) and their pixels (None: a clean picture)."""
+    def bury(self, record: Record, size: tuple[int, int], items: list[Item], generator: np.random.Generator) -> Burial:
+        """Nothing, the whole picture, the key object of one of the items, or a place of its shape beside them."""
         if generator.random() < self.config.clean or not record.regions:
-            return frozenset(), None
+            return Burial()
         if self.config.region == "global":
-            return frozenset(range(len(record.regions))), None
+            return Burial(frozenset(range(len(record.regions))))
         objects = sorted({item.regions for item in items if item.regions}, key=lambda r: (len(r), r))
+        objects = objects or [(index,) for index in range(len(record.regions))]
         key = objects[generator.integers(len(objects))]
-        region = self.region_mask(record, image, key)
+        shapes = self.region_masks(record, size)
+        pixels = np.any([shapes[index] for index in key], axis=0)
         if generator.random() < self.config.elsewhere:
-            moved = self.move_region(record, image, region, generator)
+            moved = move_region(pixels, np.any(shapes, axis=0), generator)
             if moved is not None:
-                return frozenset(), moved
-        return frozenset(key), region
+                return Burial(pixels=moved, shapes=shapes)
+        return Burial(frozenset(key), pixels, shapes)
 
-    def move_region(
-        self,
-        record: Record,
-        image: Image.Image,
-        region: Bool[np.ndarray, "height width"],
-        generator: np.random.Generator,
-    ) -> Bool[np.ndarray, "height width"] | None:
-        """The same shape at a place that covers (nearly) no object, or None if eight tries find none."""
-        occupied = self.region_mask(record, image, range(len(record.regions)))
-        rows, columns = np.where(region.any(axis=1))[0], np.where(region.any(axis=0))[0]
-        patch = region[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        for _ in range(8):
-            top = int(generator.integers(0, region.shape[0] - patch.shape[0] + 1))
-            left = int(generator.integers(0, region.shape[1] - patch.shape[1] + 1))
-            moved = np.zeros_like(region)
-            moved[top : top + patch.shape[0], left : left + patch.shape[1]] = patch
-            if (moved & occupied).sum() <= 0.1 * moved.sum():
-                return moved
-        return None
-
-    def visible(
-        self,
-        record: Record,
-        image: Image.Image,
-        item: Item,
-        buried: frozenset[int],
-        region: Bool[np.ndarray, "height width"] | None,
-        percent: int,
-        generator: np.random.Generator,
-    ) -> float | None:
+    def visible(self, item: Item, burial: Burial, percent: int, generator: np.random.Generator) -> float | None:
         """Percent of the evidence for an item that is left; None where a region is half covered by accident."""
         if not item.regions:
             return 100.0 if generator.random() < self.config.distractor else float(percent)
-        if set(item.regions) <= buried:
+        if set(item.regions) <= burial.regions:
             return float(percent)
-        if region is None:
+        if burial.pixels is None:
             return 100.0
         covered = 0.0
-        for index in item.regions:
-            own = self.region_mask(record, image, (index,))
-            covered = max(covered, float((own & region).sum() / max(own.sum(), 1)))
+        for own in (burial.shapes[index] for index in item.regions):
+            covered = max(covered, float((own & burial.pixels).sum() / max(own.sum(), 1)))
         if covered >= 0.9:
             return float(percent)
         return 100.0 if covered <= 0.1 else None
+
+
+def move_region(region: Mask, occupied: Mask, generator: np.random.Generator) -> Mask | None:
+    """The same shape at a place that covers (nearly) no object, or None if eight tries find none."""
+    rows, columns = np.where(region.any(axis=1))[0], np.where(region.any(axis=0))[0]
+    patch = region[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    for _ in range(8):
+        top = int(generator.integers(0, region.shape[0] - patch.shape[0] + 1))
+        left = int(generator.integers(0, region.shape[1] - patch.shape[1] + 1))
+        moved = np.zeros_like(region)
+        moved[top : top + patch.shape[0], left : left + patch.shape[1]] = patch
+        if (moved & occupied).sum() <= 0.1 * moved.sum():
+            return moved
+    return None

@@ -26,7 +26,7 @@ class PaperRecipe(Recipe):
         same = [item for item in usable if set(item.regions) & set(first.regions)]
         percent = self.draw_percent(generator)
         image = self.open(record)
-        region = None if self.config.region == "global" else self.region_mask(record, image, first.regions)
+        region = None if self.config.region == "global" else self.region_mask(record, image.size, first.regions)
         picture = self.picture(record, image, region, percent)
         asker = Asker(self.family, self.prompts, picture)
         order = generator.permutation(len(same))[: self.config.items]
