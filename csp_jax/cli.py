@@ -306,7 +306,7 @@ def plan(
     plans = run.make_plans(configs, target, overrides=settings or [], packages=packages, only=only, done=done, say=say)
     if as_json:
         _print_rows([row for made in plans for row in made.rows()], True, "")
-    if not all(made.recommended() for made in plans):
+    if not all(made.fits for made in plans):
         raise typer.Exit(1)
 
 

@@ -139,3 +139,23 @@ def _work(trial: Trial, target: Target) -> list[str]:
         f"{found['seconds_traffic']:.2f} s, collectives {found['seconds_wires']:.2f} s",
         f"Compiled in {found['compile_seconds']:.0f} s for {target.card.name}",
     ]
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """The recommended row of every configuration and target as a table."""
+    head = (
+        "| configuration | target | mesh | rows x accumulation | remat | peak of available, GiB | sent, GiB | "
+        "TFLOP an update | estimated MFU |"
+    )
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
+    for row in found:
+        if not row["recommended"]:
+            continue
+        mesh = " x ".join(str(size) for size in row["mesh"].values())
+        batch = f"{row['batch']['rows']} x {row['batch']['accumulation']}"
+        memory = f"{row['bytes_peak'] / GIB:.1f} of {row['bytes_available'] / GIB:.1f}"
+        sent = f"{sum(row['collectives'].values()) / GIB:.1f}"
+        work, mfu = f"{row['flops_useful'] / 1e12:,.0f}", f"{row['estimated_mfu']:.0%}"
+        cells = (row["config"], row["target"], mesh, batch, row["remat"], memory, sent, work, mfu)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,10 @@ class Plan:
     def page(self) -> str:
         return page.page(self.name, self.config, self.target, self.trials)
 
-    def recommended(self) -> TrainConfig | None:
-        """The configuration as recommended."""
-        best = recommend(self.trials)
-        return best.candidate.apply(self.config) if best else None
+    @property
+    def fits(self) -> bool:
+        """Whether anything that was tried does."""
+        return recommend(self.trials) is not None
 
 
 def make_plans(
@@ -136,24 +137,27 @@ def save_rows(file: Path, plans: Sequence[Plan]) -> None:
 
 
 def write_config(folder: Path, plan: Plan) -> Path | None:
-    """The recommended configuration as a YAML of its own; its fields that are not those of the defaults."""
-    config = plan.recommended()
-    if config is None:
-        return None
-    name = f"{plan.name}-{str(plan.target).replace(':', '-')}.yaml"
-    config = config.model_copy(update={"run": config.run.model_copy(update={"out": f"runs/{name[:-5]}"})})
+    """The recommendation as a configuration that extends the one that was planned."""
     best = recommend(plan.trials)
-    assert best is not None
-    head = (
-        f"# {plan.file.name} as csp plan recommends it for {plan.target}: estimated MFU {best.mfu:.0%}, "
-        f"{(best.peak or 0) / page.GIB:.0f} GiB of {best.available / page.GIB:.0f} a device.\n"
-        f"# An update is made of {best.candidate.update} rows"
-    )
+    if best is None:
+        return None
+    candidate = best.candidate
     before = plan.config.batch.rows * plan.config.batch.accumulation
-    head += (
-        ".\n" if best.candidate.update == before else f" (there: {before}): learning rate and steps are to be tuned.\n"
-    )
+    lines = [
+        f"# {plan.file.name} as `csp plan` recommends it for {plan.target}: estimated MFU {best.mfu:.0%}, "
+        f"{(best.peak or 0) / page.GIB:.0f} GiB of {best.available / page.GIB:.0f} a device.",
+        f"# An update is made of {candidate.update} rows"
+        + ("." if candidate.update == before else f" ({before} there): learning rate and warm-up are to be tuned."),
+    ]
+    name = f"{plan.name}-{str(plan.target).replace(':', '-')}.yaml"
+    values = {
+        "extends": os.path.relpath(plan.file, folder),
+        "model": {"remat": candidate.remat},
+        "batch": {"rows": candidate.rows, "accumulation": candidate.accumulation},
+        "parallel": candidate.mesh,
+        "run": {"out": f"runs/{Path(name).stem}"},
+    }
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / name
-    file.write_text(head + yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), sort_keys=False))
+    file.write_text("\n".join(lines) + "\n" + yaml.safe_dump(values, sort_keys=False, default_flow_style=None))
     return file
