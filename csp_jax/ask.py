@@ -22,7 +22,9 @@ from csp_jax.sharding import make_mesh
 from csp_jax.text import Prompts, parse_confidence
 
 
-def ask_picture(folder: Path, image: Path, question: str, prompts: Prompts | None = None) -> dict[str, Any]:
+def ask_picture(
+    folder: Path, image: Path, question: str, prompts: Prompts | None = None, adapter: Path | None = None
+) -> dict[str, Any]:
     """Answer, mean confidence in [0, 1], and the confidence that the model says (None: it says none).
 
     Raises UserError for a picture that cannot be read or a folder that is no checkpoint.
@@ -30,7 +32,7 @@ def ask_picture(folder: Path, image: Path, question: str, prompts: Prompts | Non
     prompts = prompts or Prompts()
     family = open_family(folder)
     picture = show(family, open_image(image, str(image)))
-    model = load_model(folder)
+    model = load_model(folder, adapter=adapter)
     answer = greedy_answer(model, family, picture, prompts.ask(question))
     asker = Asker(family, prompts, picture)
     prompt = shared_prompt(asker)

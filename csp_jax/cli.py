@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 PromptsFile = Annotated[str, typer.Option("--prompts", help="a YAML file of prompts")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings such as optimizer.learning_rate=1e-5")]
+AdapterFolder = Annotated[Path | None, typer.Option("--adapter", help="an adapter (PEFT) to put on the model")]
 AsJson = Annotated[bool, typer.Option("--json", help="print a JSON array with one object a row")]
 INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: run the same command again
 
@@ -150,6 +151,7 @@ def evaluate_command(
     shots: Annotated[int, typer.Option(min=0, help="examples before each confidence query")] = 0,
     shots_split: Annotated[str, typer.Option(help="the split that the examples come from")] = "train",
     out: Annotated[Path | None, typer.Option(help="save what was said as npz")] = None,
+    adapter: AdapterFolder = None,
     prompts: PromptsFile = "",
     as_json: AsJson = False,
 ) -> None:
@@ -170,7 +172,7 @@ def evaluate_command(
     _configure_jax()
     folder, source = checkpoint_folder(model), ShardSource(shards, split)
     answers = evaluate(
-        load_model(folder),
+        load_model(folder, adapter=adapter),
         open_family(folder),
         read_prompts(prompts),
         source,
@@ -221,15 +223,18 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="a checkpoint folder")],
     out: Annotated[Path, typer.Argument(help="a new folder in the hub's layout")],
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or stored (as in the files)")] = "stored",
+    adapter: AdapterFolder = None,
 ) -> None:
-    """Write a checkpoint in the hub's layout, in the precision asked for."""
+    """Write a checkpoint in the hub's layout, in the precision asked for; adapters are merged."""
     from csp_jax.models.registry import load_model
     from csp_jax.train.checkpoint import export_model
+    from csp_jax.train.loop import checkpoint_folder
 
     precision = _precision(dtype)
     if out.exists():
         raise UserError("is there already", file=out, mend="Choose another folder or delete it")
-    export_model(out, load_model(checkpoint, dtype=precision), checkpoint, precision)
+    folder = checkpoint_folder(str(checkpoint))
+    export_model(out, load_model(folder, dtype=precision, adapter=adapter), folder, precision)
     typer.echo(f"{dtype} checkpoint: {out}")
 
 
@@ -264,6 +269,7 @@ def ask(
     image: Annotated[Path, typer.Argument(help="a picture")],
     question: Annotated[str, typer.Argument(help="a question about it")],
     model: Annotated[str, typer.Option(help="a checkpoint folder, or `world`")] = "world",
+    adapter: AdapterFolder = None,
     prompts: PromptsFile = "",
     as_json: AsJson = False,
 ) -> None:
@@ -272,7 +278,7 @@ def ask(
     from csp_jax.train.loop import checkpoint_folder, read_prompts
 
     _configure_jax()
-    answer = ask_picture(checkpoint_folder(model), image, question, read_prompts(prompts))
+    answer = ask_picture(checkpoint_folder(model), image, question, read_prompts(prompts), adapter)
     if as_json:
         _print_rows([answer], True, "")
         return

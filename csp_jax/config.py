@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -23,6 +23,17 @@ class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class LoraConfig(Section):
+    """An adapter that trains in the model's place; see `models.lora`."""
+
+    rank: AtLeastOne = 8
+    alpha: Positive = 32.0  # the adapter's output is scaled by alpha / rank
+    dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0  # of the adapter's input
+    targets: tuple[str, ...] = (r"decoder\.(layers|last)\.",)  # regular expressions on paths of linear layers
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the adapter's parameters
+    adapter: str = ""  # a folder in PEFT's layout to go on from; rank, alpha and targets are then the folder's
+
+
 class ModelConfig(Section):
     """Where the weights come from, and how they are held."""
 
@@ -33,6 +44,13 @@ class ModelConfig(Section):
     freeze: tuple[str, ...] = ()  # regular expressions on parameter paths
     # Activations of a layer that are kept for its gradient: all, none, products, or products with weights only.
     remat: Literal["none", "full", "dots", "weights"] = "none"
+    lora: LoraConfig | None = None  # train an adapter and nothing else
+
+    @pydantic.model_validator(mode="after")
+    def _has_a_base(self) -> ModelConfig:
+        if self.lora is not None and self.random_init:
+            raise ValueError("an adapter needs a base that can be found again: random_init and lora exclude each other")
+        return self
 
 
 class ShapeConfig(Section):
@@ -305,6 +323,8 @@ def describe_fields(kind: type[Section], prefix: str = "") -> list[dict[str, str
     rows = []
     for name, field in kind.model_fields.items():
         inner = field.annotation
+        sections = [part for part in get_args(inner) if isinstance(part, type) and issubclass(part, Section)]
+        inner = sections[0] if sections else inner
         if isinstance(inner, type) and issubclass(inner, Section):
             rows += describe_fields(inner, f"{prefix}{name}.")
         else:

@@ -108,6 +108,11 @@ class Batch:
     noise_id: Any  # UInt32[rows cells]
     groups: int
     grid: Any = None  # Int[rows pictures 2], rows and columns of each picture's cells; 0 is padding
+    # Of sampled responses; see `losses.grpo`. None where they are not needed.
+    old_log_probs: Any = None  # Float[rows groups*targets] of the policy that sampled
+    reference_log_probs: Any = None  # Float[rows groups*targets]
+    advantage: Any = None  # Float[rows responses]
+    response_weight: Any = None  # Float[rows responses], 0: counted and not trained on
 
     ARRAYS: ClassVar[tuple[str, ...]] = (
         "prompt_tokens",
@@ -126,6 +131,7 @@ class Batch:
         "noise_id",
         "grid",
     )
+    POLICY: ClassVar[tuple[str, ...]] = ("old_log_probs", "reference_log_probs", "advantage", "response_weight")
     STATIC: ClassVar[tuple[str, ...]] = ("groups",)
 
 

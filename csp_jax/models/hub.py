@@ -139,8 +139,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def companions(directory: Path) -> list[Path]:
-    """A folder's files beside its weights: configuration, tokenizer, limits of pictures."""
-    weights = re.compile(r"\.(safetensors|bin)(\.|$)")
+    """A folder's files beside its weights and adapter: configuration, tokenizer, limits of pictures."""
+    weights = re.compile(r"\.(safetensors|bin)(\.|$)|^adapter_config\.json$")
     return sorted(file for file in directory.iterdir() if file.is_file() and not weights.search(file.name))
 
 
@@ -154,6 +154,17 @@ def _indexed(index: Path) -> list[str]:
 def flat_paths(state: nnx.State) -> dict[str, Any]:
     """Dotted path -> variable."""
     return {".".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
+
+
+def path_pattern(text: str, names: Iterable[str], *, field: str, mend: str) -> re.Pattern[str]:
+    """A regular expression that is matched from the beginning of names; UserError if it is none or matches none."""
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise UserError(f"not a regular expression ({error})", field=field, value=text) from None
+    if not any(pattern.match(name) for name in names):
+        raise UserError("nothing matches", field=field, value=text, mend=mend)
+    return pattern
 
 
 Place = Callable[[nnx.Variable, np.ndarray], jax.Array]

@@ -18,7 +18,7 @@ from csp_jax.models.checkpoint_map import Tensor
 from csp_jax.models.decoder import Decoder, Tables
 from csp_jax.models.vision import CLIP_MEAN, CLIP_STD, standardize
 
-jax.tree_util.register_dataclass(Batch, data_fields=Batch.ARRAYS, meta_fields=Batch.STATIC)
+jax.tree_util.register_dataclass(Batch, data_fields=Batch.ARRAYS + Batch.POLICY, meta_fields=Batch.STATIC)
 
 
 @struct.dataclass
@@ -44,6 +44,7 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
     image_token: int
     unused: ClassVar[tuple[str, ...]] = ()  # parameter paths that the computation never reads
     aliases: ClassVar[tuple[tuple[re.Pattern[str], str], ...]] = ()  # other writers' names of the hub's tensors
+    modules: ClassVar[tuple[tuple[re.Pattern[str], str], ...]] = ()  # hub names -> those of transformers' modules
     mean: ClassVar[tuple[float, float, float]] = CLIP_MEAN  # of the vision tower's pixels in [0, 1], by colour
     std: ClassVar[tuple[float, float, float]] = CLIP_STD
     counts_padding: ClassVar[bool] = False  # the original's positions count padding on the left, too

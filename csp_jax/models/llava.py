@@ -94,6 +94,11 @@ class Llava(VisionLanguageModel):
         (re.compile(r"^lm_head\."), "language_model.lm_head."),
         (re.compile(r"^vision_tower\.(?!vision_model\.)"), "vision_tower.vision_model."),
     )
+    modules = (
+        (re.compile(r"^language_model\.model\."), "model.language_model."),
+        (re.compile(r"^vision_tower\.vision_model\."), "model.vision_tower."),
+        (re.compile(r"^multi_modal_projector\."), "model.multi_modal_projector."),
+    )
 
     def __init__(self, config: LlavaConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config

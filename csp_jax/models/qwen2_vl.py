@@ -143,6 +143,10 @@ class Qwen2VL(VisionLanguageModel):
         (re.compile(r"^model\.language_model\."), "model."),
         (re.compile(r"^model\.visual\."), "visual."),
     )
+    modules = (
+        (re.compile(r"^model\."), "model.language_model."),
+        (re.compile(r"^visual\."), "model.visual."),
+    )
 
     def __init__(self, config: Qwen2VLConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config

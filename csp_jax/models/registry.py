@@ -19,11 +19,14 @@ from csp_jax.models.hub import HubConfig, HubFolder, companions, load_state, sav
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.internvl2 import InternVL2
 from csp_jax.models.llava import Llava
+from csp_jax.models.lora import LoraParam, merge_adapter
 from csp_jax.models.native import is_native, load_native, save_native
+from csp_jax.models.peft import CONFIG, is_adapter, load_adapter, read_config
 from csp_jax.models.phi3_vision import Phi3Vision
 from csp_jax.models.qwen2_vl import Qwen2VL
 from csp_jax.models.qwen_vl import QwenVL
 from csp_jax.sharding import leaf_spec
+from csp_jax.world import BASE
 
 MODELS: dict[str, Any] = {
     "llava": Llava,
@@ -32,6 +35,29 @@ MODELS: dict[str, Any] = {
     "phi3_vision": Phi3Vision,
     "qwen_vl": QwenVL,
 }
+
+
+def checkpoint_folder(name: str) -> Path:
+    """A model's folder; `world` is the base that ships with the package."""
+    folder = BASE if name == "world" else Path(name)
+    if not folder.is_dir():
+        raise UserError("there is no such checkpoint folder", file=folder, mend="Give a folder in the hub's layout")
+    return folder
+
+
+def adapter_base(adapter: Path) -> Path:
+    """The folder of the model that an adapter was trained on."""
+    name = read_config(adapter).get("base_model_name_or_path") or ""
+    try:
+        return checkpoint_folder(name)
+    except UserError:
+        raise UserError(
+            "the adapter's base is not there",
+            file=adapter / CONFIG,
+            field="base_model_name_or_path",
+            value=name,
+            mend="Correct the path, or name the model and give the folder by --adapter",
+        ) from None
 
 
 def family_of(config: HubConfig) -> str:
@@ -72,11 +98,29 @@ def load_model(
     dtype: jnp.dtype | None = jnp.float32,
     mesh: Mesh | None = None,
     config: HubConfig | None = None,
+    adapter: Path | None = None,
 ) -> VisionLanguageModel:
     """A checkpoint folder (the hub's layout or our own) as a model, on a mesh if one is given.
 
-    Strict and streamed (see `hub.load_state`); `dtype` None keeps the precision of the files.
+    Strict and streamed (see `hub.load_state`); `dtype` None keeps the precision of the files. The folder of an adapter
+    is its base with the adapter on it. `adapter`: one in PEFT's layout to put on the model, wherever it was trained.
     """
+    if is_adapter(directory):
+        model = load_model(adapter_base(directory), dtype=dtype, mesh=mesh, adapter=directory)
+    else:
+        model = _load_plain(directory, dtype, mesh, config)
+    if adapter is not None:
+        model = merge_adapter(model)
+        load_adapter(model, adapter)
+        sharding = leaf_sharding(mesh)
+        for variable in jax.tree.leaves(nnx.variables(model, LoraParam), is_leaf=lambda x: isinstance(x, LoraParam)):
+            variable[...] = jax.device_put(variable[...], sharding(variable))
+    return model
+
+
+def _load_plain(
+    directory: Path, dtype: jnp.dtype | None, mesh: Mesh | None, config: HubConfig | None
+) -> VisionLanguageModel:
     config = config or HubConfig.read(directory)
     model = abstract_model(config, jnp.float32 if dtype is None else dtype)
     graphdef, state = nnx.split(model)
@@ -100,10 +144,13 @@ def load_model(
 
 
 def import_model(source: Path, out: Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> None:
-    """A hub folder as one of ours: weights stacked, the other files copied; it appears whole or not at all."""
+    """A hub folder as one of ours: weights stacked, the other files copied; it appears whole or not at all.
+
+    An adapter's folder becomes a model with the adapter merged.
+    """
     if out.exists():
         raise UserError("is there already", file=out, mend="Choose another folder or delete it")
-    model = load_model(source, dtype=dtype, mesh=mesh)
+    model = merge_adapter(load_model(source, dtype=dtype, mesh=mesh))
     temporary = out.with_name(out.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The comparisons: import, export, preprocessing, token counts, image features, logits, greedy decoding.
+"""The comparisons: import, export, adapters, preprocessing, token counts, image features, logits, greedy decoding.
 
 Everything is computed in float32 with full-precision products; logits count only where the attention mask is 1.
 """
@@ -22,6 +22,7 @@ from csp_jax.models.attention import tree_layout
 from csp_jax.models.hub import HubConfig, HubFolder, differing_tensors
 from csp_jax.models.interface import Places, VisionLanguageModel
 from csp_jax.models.registry import load_model
+from csp_jax.parity.adapters import check_adapter
 from csp_jax.parity.golden import Golden, GoldenPicture, case_batch, with_chain
 from csp_jax.perturb import to_canvas
 
@@ -156,6 +157,8 @@ def check_folder(directory: Path) -> Iterator[Check]:
     yield check("", "import", 0.0, 0.0, f"{len(folder.where)} tensors")
     different = differing_tensors(folder, nnx.state(model), type(model).tensors(model.config))
     yield check("", "export", float(different), 0.0, "tensors whose bytes differ")
+    for what, difference, limit in check_adapter(model):
+        yield check("", what, difference, limit)
     originals: dict[str, Original] = {}
     for case, entry in golden.cases.items():
         if entry.get("videos") or "frames_u8" in entry.get("tensors", {}):
@@ -200,6 +203,7 @@ COLUMNS = {  # of the summary: the checks that each one takes together
     "features": ("features",),
     "logits": ("logits",),
     "greedy": ("greedy",),
+    "LoRA": ("adapter", "adapter, merged"),
 }
 
 

@@ -22,7 +22,7 @@ from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.registry import abstract_model
 from csp_jax.plan.flops import masked_attention_flops, product_flops
 from csp_jax.sharding import batch_sharding, compile_step, state_shardings
-from csp_jax.train.loop import batch_shape, configured_step, make_optimizer
+from csp_jax.train.loop import batch_shape, configured_step, make_optimizer, wrap_model
 from csp_jax.train.state import TrainState, new_state, split_model
 
 
@@ -74,8 +74,14 @@ def _shard_bytes(values: Any, shardings: Any) -> int:
 
 
 def planned_model(config: TrainConfig, folder: Path) -> VisionLanguageModel:
-    """What `train.loop.Run` would load, as shapes. What wraps a loaded model there (adapters) wraps it here."""
-    return abstract_model(HubConfig.read(folder), jnp.dtype(config.model.param_dtype))
+    """What `train.loop.Run` would load, as shapes; a new adapter, as configured, on it."""
+    model = abstract_model(HubConfig.read(folder), jnp.dtype(config.model.param_dtype))
+
+    def wrap(model: VisionLanguageModel) -> VisionLanguageModel:
+        wrap_model(model, config)
+        return model
+
+    return nnx.eval_shape(wrap, model) if config.model.lora else model
 
 
 def step_program(config: TrainConfig, folder: Path, mesh: Mesh) -> StepProgram:

@@ -2,29 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jaxtyping import Int
 from orbax.checkpoint import checkpoint_managers as policy
 
 from csp_jax.config import RunConfig
 from csp_jax.errors import UserError, full_disk_named
 from csp_jax.models.hub import companions
 from csp_jax.models.interface import VisionLanguageModel
+from csp_jax.models.lora import has_adapter, merge_adapter
+from csp_jax.models.peft_writer import save_adapter
 from csp_jax.models.registry import save_model
 from csp_jax.train import hosts
 from csp_jax.train.integrity import seal_unfinished, set_aside
+
+BASE = "base"  # the name of the fingerprint among the leaves of a checkpoint
 
 
 def named_leaves(tree: Any) -> dict[str, jax.Array]:
     """Every array of a state under a readable name."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def kept_leaves(state: Any) -> dict[str, jax.Array]:
+    """What a checkpoint holds: the whole state; in place of an adapter's base, which lies in its own folder and does
+    not change, a fingerprint."""
+    leaves = named_leaves(state)
+    if not has_adapter(state.trainable):
+        return leaves
+    prefix = ".frozen"
+    return {name: leaf for name, leaf in leaves.items() if not name.startswith(prefix)} | {
+        BASE: fingerprint(jax.tree.leaves(state.frozen))
+    }
+
+
+@jax.jit
+def fingerprint(leaves: list[jax.Array]) -> Int[jax.Array, ""]:
+    """A number that a change of any bit changes, whatever the sharding."""
+    total = jnp.zeros((), jnp.uint32)
+    for leaf in leaves:
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+        place = jax.lax.broadcasted_iota(jnp.uint32, (1, bits.size), 1).reshape(bits.shape)
+        total = total * 31 + jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+    return total
 
 
 class Checkpoints:
@@ -62,7 +91,7 @@ class Checkpoints:
         """Start writing a checkpoint; the run goes on meanwhile. `loss`: the mean since the one before."""
         if self.manager.latest_step() == step:
             return
-        saved = ocp.args.StandardSave(named_leaves(state))
+        saved = ocp.args.StandardSave(kept_leaves(state))
         # One position for all hosts: it counts batches, and batch s of every host belongs to step s.
         position = ocp.args.JsonSave(copy.deepcopy(iterator.get_state()))
         with full_disk_named(self.directory):
@@ -76,14 +105,22 @@ class Checkpoints:
         step = self.manager.latest_step()
         if step is None:
             return state, 0
-        wanted = {name: _abstract(leaf) for name, leaf in named_leaves(state).items()}
+        kept = kept_leaves(state)
+        wanted = {name: _abstract(leaf) for name, leaf in kept.items()}
         self._check(step, wanted)
         restored = self.manager.restore(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore()),
         )
         iterator.set_state(restored["data"])
-        leaves = [restored["state"][name] for name in wanted]
+        found = restored["state"]
+        if BASE in kept and int(found[BASE]) != int(kept[BASE]):
+            raise UserError(
+                "the base is another one than that the run began with",
+                file=self.directory / str(step),
+                mend="Put the base's folder back as it was, or choose another run.out",
+            )
+        leaves = [found.get(name, leaf) for name, leaf in named_leaves(state).items()]
         return jax.tree.unflatten(jax.tree.structure(state), leaves), step
 
     def _check(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
@@ -113,14 +150,31 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 def export_model(directory: Path, model: VisionLanguageModel, source: Path, dtype: jnp.dtype | None = None) -> None:
     """A folder in the hub's layout: weights, and configuration and tokenizer copied from the source folder.
 
-    It appears whole or not at all.
+    It appears whole or not at all. An adapter is merged into the weights.
     """
+    with _whole_folder(directory, source) as temporary:
+        save_model(temporary, merge_adapter(model), dtype)
+
+
+def export_adapter(
+    directory: Path, model: VisionLanguageModel, source: Path, base: str, config: Mapping[str, Any]
+) -> None:
+    """A folder with a model's adapter in PEFT's layout, and configuration and tokenizer of its base.
+
+    It appears whole or not at all. `base` is how the base is found again, `config` what `load_adapter` read.
+    """
+    with _whole_folder(directory, source) as temporary:
+        save_adapter(temporary, model, base=base, config=config)
+
+
+@contextlib.contextmanager
+def _whole_folder(directory: Path, source: Path) -> Iterator[Path]:
     temporary = directory.with_name(directory.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     with full_disk_named(temporary):
         for file in companions(source):
             shutil.copy2(file, temporary / file.name)
-        save_model(temporary, model, dtype)
+        yield temporary
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)

@@ -35,7 +35,9 @@ from csp_jax.losses.sft import SftLoss
 from csp_jax.losses.simpo import SimpoLoss
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.interface import VisionLanguageModel
-from csp_jax.models.registry import load_model, new_model
+from csp_jax.models.lora import add_adapter, merge_adapter
+from csp_jax.models.peft import load_adapter
+from csp_jax.models.registry import checkpoint_folder, load_model, new_model
 from csp_jax.perturb import Schedule
 from csp_jax.sharding import (
     PMAP_AXIS,
@@ -50,13 +52,12 @@ from csp_jax.sharding import (
 )
 from csp_jax.text import Prompts
 from csp_jax.train import hosts
-from csp_jax.train.checkpoint import Checkpoints, export_model
+from csp_jax.train.checkpoint import Checkpoints, export_adapter, export_model
 from csp_jax.train.folder import prepare_folder
 from csp_jax.train.state import TrainState, decay_mask, new_state, split_model
 from csp_jax.train.step import Step, make_step
 from csp_jax.train.telemetry import Telemetry
 from csp_jax.train.watch import Watch
-from csp_jax.world import BASE
 
 REMAT: dict[str, Callable | None] = {
     "none": None,
@@ -136,14 +137,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(optax.clip_by_global_norm(config.clip), adam) if config.clip else adam
 
 
-def checkpoint_folder(name: str) -> Path:
-    """A model's folder; `world` is the base that ships with the package."""
-    folder = BASE if name == "world" else Path(name)
-    if not folder.is_dir():
-        raise UserError("there is no such checkpoint folder", file=folder, mend="Give a folder in the hub's layout")
-    return folder
-
-
 def read_prompts(file: str) -> Prompts:
     """The package's prompts or those of a YAML file."""
     return Prompts.from_mapping(read_yaml(Path(file))) if file else Prompts()
@@ -183,6 +176,20 @@ def configured_step(
     )
 
 
+def wrap_model(model: VisionLanguageModel, config: TrainConfig) -> dict[str, Any]:
+    """Put the configured adapter on a model; the fields of the one that it goes on from."""
+    lora = config.model.lora
+    if lora is None:
+        return {}
+    dtype = jnp.dtype(lora.dtype)
+    if lora.adapter:
+        return load_adapter(model, Path(lora.adapter), dropout=lora.dropout, dtype=dtype)
+    add_adapter(
+        model, lora.targets, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, seed=config.seed, dtype=dtype
+    )
+    return {}
+
+
 def place_state(
     model: VisionLanguageModel, optimizer: optax.GradientTransformation, freeze: Sequence[str], mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
@@ -211,6 +218,7 @@ class Run:
         self.steps = self._steps()
         self.optimizer = make_optimizer(config.optimizer, self.steps)
         model = self._model()
+        self.adapter_config = wrap_model(model, config)
         self.graphdef, _, _ = split_model(model, config.model.freeze)
         self.shardings, self.state = place_state(model, self.optimizer, config.model.freeze, self.mesh)
 
@@ -224,7 +232,7 @@ class Run:
         dtype = jnp.dtype(self.config.model.param_dtype)
         if self.config.model.random_init:
             return new_model(HubConfig.read(self.source_folder), self.config.seed, dtype)
-        return load_model(self.source_folder, dtype=dtype, mesh=self.mesh)
+        return merge_adapter(load_model(self.source_folder, dtype=dtype, mesh=self.mesh))
 
     def dataset(self) -> Any:
         """The run's batches as a Grain data set."""
@@ -306,8 +314,11 @@ def train_in(config: TrainConfig, final: Path, watch: Watch, title: str) -> None
             checkpoints.close()
     watch.note("the exported model")
     model = hosts.whole(run.model())
-    if hosts.is_first():
+    if hosts.is_first() and config.model.lora is None:
         export_model(final, model, run.source_folder)
+    elif hosts.is_first():
+        base = "world" if config.model.checkpoint == "world" else str(run.source_folder.resolve())
+        export_adapter(final, model, run.source_folder, base, run.adapter_config)
     hosts.wait_for_all("exported")
 
 

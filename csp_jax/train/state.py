@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 from jaxtyping import Array, Int
 
-from csp_jax.errors import UserError
-from csp_jax.models.hub import flat_paths
+from csp_jax.models.hub import flat_paths, path_pattern
 from csp_jax.models.interface import VisionLanguageModel
+from csp_jax.models.lora import LoraParam, has_adapter
 
 
 @struct.dataclass
@@ -29,30 +29,22 @@ class TrainState:
 def split_model(model: VisionLanguageModel, freeze: Sequence[str]) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Graph, trainable and frozen parameters; `freeze` are regular expressions on dotted paths.
 
-    What the model never reads is frozen too, so that it is neither decayed nor changed by a round trip.
+    What the model never reads is frozen too, so that it is neither decayed nor changed by a round trip. Of a model
+    with an adapter the adapter alone trains.
     UserError: a pattern that is no regular expression or that freezes nothing.
     """
-    names = flat_paths(nnx.state(model, nnx.Param))
-    patterns = [_freezing(pattern, names) for pattern in freeze]
+    params = nnx.state(model, nnx.Param)
+    names, kind = flat_paths(params), LoraParam if has_adapter(params) else nnx.Param
+    mend = "Patterns are matched from the beginning of names such as vision.patch.kernel"
+    patterns = [path_pattern(text, names, field="model.freeze", mend=mend) for text in freeze]
     patterns += [re.compile(re.escape(path)) for path in model.unused]
 
     def trains(path: tuple, value: nnx.Variable) -> bool:
         name = ".".join(map(str, path))
-        return isinstance(value, nnx.Param) and not any(pattern.match(name) for pattern in patterns)
+        return isinstance(value, kind) and not any(pattern.match(name) for pattern in patterns)
 
     graphdef, trainable, *frozen = nnx.split(model, trains, ...)
     return graphdef, trainable, frozen[0]
-
-
-def _freezing(text: str, names: Iterable[str]) -> re.Pattern[str]:
-    try:
-        pattern = re.compile(text)
-    except re.error as error:
-        raise UserError(f"not a regular expression ({error})", field="model.freeze", value=text) from None
-    if not any(pattern.match(name) for name in names):
-        mend = "Patterns are matched from the beginning of names such as vision.patch.kernel"
-        raise UserError("no parameter matches", field="model.freeze", value=text, mend=mend)
-    return pattern
 
 
 def new_state(model: VisionLanguageModel, optimizer: optax.GradientTransformation, freeze: Sequence[str]) -> TrainState:

@@ -16,6 +16,7 @@ from csp_jax.losses.grounding import grounding_counts, grounding_sums
 from csp_jax.losses.interface import Loss, Terms
 from csp_jax.losses.logprobs import score_prompt
 from csp_jax.models.interface import VisionLanguageModel
+from csp_jax.models.lora import dropout_key, start_dropout
 from csp_jax.perturb import Schedule, perturb
 from csp_jax.train.state import TrainState
 
@@ -58,9 +59,10 @@ def make_step(
         return parts if axis is None else jax.lax.psum(parts, axis)
 
     def objective(
-        trainable: nnx.State, frozen: nnx.State, batch: Batch, key: Array, counts: Terms
+        trainable: nnx.State, frozen: nnx.State, batch: Batch, keys: tuple[Array, Array], counts: Terms
     ) -> tuple[Array, Terms]:
-        model = nnx.merge(graphdef, trainable, frozen)
+        model, (key, dropout) = nnx.merge(graphdef, trainable, frozen), keys
+        start_dropout(model, dropout)
         pixels = batch_pixels(model, batch, key, schedule)
         prompt = model.embed_prompt(batch, pixels, dtype=dtype, remat=remat)
         sums: Terms = {}
@@ -73,20 +75,25 @@ def make_step(
 
     def step(state: TrainState, window: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        dropout = dropout_key(seed, state.step)
+        if axis is not None:
+            dropout = jax.random.fold_in(dropout, jax.lax.axis_index(axis))
         counts = whole(jax.tree.map(jnp.sum, jax.vmap(count)(window)))
         counts = jax.tree.map(lambda x: jnp.maximum(x, 1e-9), counts)
 
-        def accumulate(carry: tuple[nnx.State, Array, Terms], batch: Batch) -> tuple[tuple, None]:
-            gradients, total, sums = carry
+        def accumulate(carry: tuple[nnx.State, Array, Terms], numbered: tuple[Array, Batch]) -> tuple[tuple, None]:
+            (gradients, total, sums), (number, batch) = carry, numbered
+            keys = key, jax.random.fold_in(dropout, number)
             (value, new), gradient = jax.value_and_grad(objective, has_aux=True)(
-                state.trainable, state.frozen, batch, key, counts
+                state.trainable, state.frozen, batch, keys, counts
             )
             added = jax.tree.map(jnp.add, (gradients, total, sums), (gradient, value, new))
             return added, None
 
         zero = jax.tree.map(jnp.zeros_like, state.trainable)
         start = (zero, jnp.zeros(()), {name: jnp.zeros(()) for name in coefficients})
-        gradients, total, sums = whole(jax.lax.scan(accumulate, start, window)[0])
+        numbers = jnp.arange(window.tokens.shape[0])
+        gradients, total, sums = whole(jax.lax.scan(accumulate, start, (numbers, window))[0])
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)

@@ -53,7 +53,7 @@ def test_family_is_its_original(family, tmp_path):
     wrong = [check for check in checks if not check.passed]
     assert not wrong
     made = {(check.case, check.what) for check in checks if check.difference is not None}
-    assert {("", "import"), ("", "export"), *CASES[family].items()} <= made
+    assert {("", "import"), ("", "export"), ("", "adapter"), ("", "adapter, merged"), *CASES[family].items()} <= made
     assert {check.family for check in checks} == {family}
 
 
@@ -136,12 +136,13 @@ def test_the_table_shows_the_largest_differences(folder, tmp_path):
     status, text = run(folder, other, "--markdown")
     assert status == 1
     head, _, first, second = text.strip().splitlines()
-    assert head == "| folder | family | import | export | pixels | features | logits | greedy |"
+    assert head == "| folder | family | import | export | pixels | features | logits | greedy | LoRA |"
     cells = [cell.strip() for cell in first.strip("|").split("|")]
     assert cells[:4] == ["qwen2_vl", "qwen2_vl", "exact", "exact"]
     assert cells[5] == "–"  # no case with features
     assert 0 < float(cells[6]) < 1e-4
     assert cells[7] == "exact"
+    assert float(cells[8]) < 1e-5
     assert "| **1.0e+00** |" in second
 
 

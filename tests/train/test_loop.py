@@ -13,15 +13,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import yaml
-from tiny import tiny_values, write_folder
+from flax import nnx
+from safetensors.numpy import load_file
+from tiny import tiny_model, tiny_values, write_folder
 from train_child import INTERRUPTED
+from typer.testing import CliRunner
 
+from csp_jax.cli import app
 from csp_jax.config import TrainConfig, load_config
 from csp_jax.errors import UserError
-from csp_jax.models.registry import load_model
+from csp_jax.models.hub import flat_paths
+from csp_jax.models.lora import LoraParam, adapted
+from csp_jax.models.registry import load_model, save_model
 from csp_jax.train.loop import train
 from csp_jax.world import WorldConfig, build
 from csp_jax.world.tokenizer import build_tokenizer
@@ -31,9 +39,10 @@ WORLD = WorldConfig(statistics_scenes=100)
 
 
 def make_ground(folder: Path) -> Path:
-    """A checkpoint folder without weights, and a world of forty scenes."""
+    """A checkpoint folder, and a world of forty scenes."""
     tokenizer = build_tokenizer(WORLD, scenes=20, vocab_size=400)
     write_folder(folder / "checkpoint", tiny_values(vocab_size=400, num_hidden_layers=2), tokenizer)
+    save_model(folder / "checkpoint", tiny_model(vocab_size=400, num_hidden_layers=2))
     build(WORLD, folder / "world", {"train": 40})
     return folder
 
@@ -67,10 +76,10 @@ def values(ground: Path, out: Path, **changes: Any) -> dict[str, Any]:
 class Child:
     """A training process on one device."""
 
-    def __init__(self, ground: Path, out: Path, *arguments: str):
+    def __init__(self, ground: Path, out: Path, *arguments: str, **changes: Any):
         self.out = out
         file = out.with_suffix(".yaml")
-        file.write_text(yaml.safe_dump(values(ground, out)))
+        file.write_text(yaml.safe_dump(values(ground, out, **changes)))
         flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
         environment = {**os.environ, "XLA_FLAGS": " ".join(flags), "OMP_NUM_THREADS": "1"}
         environment["JAX_COMPILATION_CACHE_DIR"] = str(ground / "compiled")
@@ -85,7 +94,7 @@ class Child:
             )
 
     def wait(self) -> int:
-        return self.process.wait(timeout=300)
+        return self.process.wait(timeout=900)
 
     def finish(self) -> None:
         assert self.wait() == 0, self.log.read_text()[-3000:]
@@ -253,3 +262,125 @@ def test_rows_that_do_not_divide_are_refused(ground, tmp_path):
     with pytest.raises(UserError, match="multiple of 8") as caught:
         train(load_config(TrainConfig, file))
     assert (caught.value.field, caught.value.value) == ("batch.rows", 6)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def lora_changes(ground: Path, out: Path, **lora: Any) -> dict[str, Any]:
+    """Nine steps of an adapter with dropout on the ground's weights."""
+    adapter = {"rank": 3, "alpha": 6.0, "dropout": 0.2, "targets": [r"decoder\.", "projector"], **lora}
+    run = {"out": str(out), "steps": 9, "checkpoint_every": 3, "progress": False}
+    return {"model": {"checkpoint": str(ground / "checkpoint"), "lora": adapter}, "loss": {"name": "sft"}, "run": run}
+
+
+def lora_child(ground: Path, name: str, *arguments: str, **lora: Any) -> Child:
+    return Child(ground, ground / name, *arguments, **lora_changes(ground, ground / name, **lora))
+
+
+def adapter_files(out: Path) -> dict[str, bytes]:
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    return {name: (out / "model" / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def lora_run(ground: Path) -> Path:
+    child = lora_child(ground, "lora")
+    child.finish()
+    return child.out
+
+
+@pytest.mark.slow
+def test_a_run_of_an_adapter_keeps_its_base_elsewhere(ground, lora_run):
+    """The folder holds the adapter and what else a model needs; checkpoints hold no base; loading finds it."""
+    assert sorted(file.name for file in (lora_run / "model").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "config.json",
+        "tokenizer.json",
+    ]
+    model, base = load_model(lora_run / "model"), load_model(ground / "checkpoint")
+    assert len(list(adapted(model))) == 16
+    assert all(np.any(layer.lora_b[...]) for _, layer in adapted(model))
+    mine = flat_paths(nnx.state(model))
+    for name, leaf in flat_paths(nnx.state(base)).items():
+        np.testing.assert_array_equal(mine[name].get_value(), leaf.get_value(), err_msg=name)
+    with ocp.StandardCheckpointer() as checkpointer:
+        held = checkpointer.metadata(lora_run / "checkpoints" / "9" / "state").item_metadata
+    sizes = {name: int(np.prod(value.shape)) for name, value in held.items()}
+    adapter = sum(leaf.size for leaf in jax.tree.leaves(nnx.variables(model, LoraParam)))
+    assert not [name for name in sizes if name.startswith(".frozen")]
+    assert sum(sizes.values()) < 3 * adapter + 10  # the adapter, two moments, counters
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_an_adapter_is_uninterrupted(ground, lora_run):
+    """Dropout included, bit for bit."""
+    child = lora_child(ground, "lora-killed", "3")
+    assert child.wait() == -signal.SIGKILL, child.log.read_text()[-3000:]
+    again = lora_child(ground, "lora-killed")
+    again.finish()
+    assert column(again.out, "loss") == column(lora_run, "loss")
+    assert adapter_files(again.out) == adapter_files(lora_run)
+
+
+@pytest.mark.slow
+def test_another_base_is_noticed_when_a_run_goes_on(ground):
+    child = lora_child(ground, "lora-moved", "3")
+    assert child.wait() == -signal.SIGKILL, child.log.read_text()[-3000:]
+    file = ground / "checkpoint" / "model.safetensors"
+    kept = file.read_bytes()
+    save_model(ground / "checkpoint", tiny_model(seed=9, vocab_size=400, num_hidden_layers=2))
+    try:
+        again = lora_child(ground, "lora-moved")
+        assert again.wait() == 1
+    finally:
+        file.write_bytes(kept)
+    assert "the base is another one" in again.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_an_adapter_on_another_backbone(ground, lora_run, tmp_path):
+    """PEFT's fields, rank and targets are those of the folder; the new run's adapter names its own base."""
+    other = ground / "other-base"
+    if not other.exists():
+        shutil.copytree(ground / "checkpoint", other)
+        save_model(other, tiny_model(seed=9, vocab_size=400, num_hidden_layers=2))
+    changes = lora_changes(ground, ground / "lora-on", adapter=str(lora_run / "model"), rank=77)
+    changes["model"]["checkpoint"] = str(other)
+    child = Child(ground, ground / "lora-on", **changes)
+    child.finish()
+    config = json.loads((child.out / "model" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (3, 6, str(other))
+    before, after = (load_file(out / "model" / "adapter_model.safetensors") for out in (lora_run, child.out))
+    assert {name: a.shape for name, a in before.items()} == {name: a.shape for name, a in after.items()}
+    assert any(np.any(before[name] != after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_export_and_import_merge_an_adapter(ground, lora_run, tmp_path):
+    """On its own base and on another one; what is written is a plain checkpoint."""
+    run = CliRunner().invoke
+    assert run(app, ["export", str(lora_run / "model"), str(tmp_path / "own")]).exit_code == 0
+    options = ["--adapter", str(lora_run / "model")]
+    assert run(app, ["export", str(ground / "checkpoint"), str(tmp_path / "same"), *options]).exit_code == 0
+    assert run(app, ["import", str(lora_run / "model"), str(tmp_path / "ours")]).exit_code == 0
+    assert not list(tmp_path.glob("*/adapter_config.json"))
+    own, base = load_file(tmp_path / "own/model.safetensors"), load_file(ground / "checkpoint/model.safetensors")
+    assert (tmp_path / "same/model.safetensors").read_bytes() == (tmp_path / "own/model.safetensors").read_bytes()
+    changed = {name for name, array in own.items() if np.any(array != base[name])}
+    assert len(changed) == 16
+    assert {name.split(".")[0] for name in changed} == {"language_model", "multi_modal_projector"}
+    ours = flat_paths(nnx.state(load_model(tmp_path / "ours")))
+    for name, leaf in flat_paths(nnx.state(load_model(tmp_path / "own"))).items():
+        np.testing.assert_array_equal(ours[name].get_value(), leaf.get_value())
+
+
+def test_an_adapter_of_random_weights_is_refused(ground, tmp_path):
+    with pytest.raises(UserError, match="exclude each other") as caught:
+        load_config(TrainConfig, None, ["model.random_init=true", "model.lora={}"])
+    assert caught.value.field == "model"
+    for setting, field in (("rank=0", "rank"), ("dropout=1.0", "dropout"), ("alpha=-1", "alpha"), ("rnak=3", "rnak")):
+        with pytest.raises(UserError) as caught:
+            load_config(TrainConfig, None, [f"model.lora.{setting}"])
+        assert caught.value.field == f"model.lora.{field}"
