@@ -142,9 +142,7 @@ def put_batch(batch: Any, mesh: Mesh, leading: int = 1) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def compile_step(
-    step: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh, state_sharding: Any
-) -> Callable[[Any, Any], tuple[Any, Any]]:
+def compile_step(step: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh, state_sharding: Any) -> jax.stages.Wrapped:
     """Jit a training step over the mesh; the state is donated."""
     return jax.jit(
         step,

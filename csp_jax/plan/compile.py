@@ -66,8 +66,10 @@ def measure(request: dict[str, Any], target: Target, found: list[Any]) -> dict[s
         if needed is None:
             raise
         return {**answer, "bytes_peak": needed, "compile_seconds": time.perf_counter() - start}
-    memory = compiled.memory_analysis()
-    cost = Schedule(parse(compiled.as_text()), target).step()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    cost = Schedule(parse(text), target).step()
     return {
         **answer,
         "compile_seconds": time.perf_counter() - start,
