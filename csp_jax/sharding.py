@@ -14,15 +14,31 @@ from jax.sharding import PartitionSpec as P
 from csp_jax.config import ParallelConfig
 from csp_jax.errors import UserError
 
+Body = Callable[[Any, Any], tuple[Any, Any]]  # of a scan: (carry, slice) -> (carry, out)
+Wrapper = Callable[[Body], Body]
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axes of parameters that the tensor axis splits; every other axis may be split by fsdp.
-TENSOR_AXES = frozenset({"heads", "mlp", "vocab"})
+# The one table: which mesh axes may split each logical axis. `tensor` takes the first axis that allows it, `fsdp` the
+# largest of the others; stacked layers have no logical axis and are never split.
+AXIS_RULES: dict[str, tuple[str, ...]] = {
+    "heads": ("tensor", "fsdp"),
+    "mlp": ("tensor", "fsdp"),
+    "vocab": ("tensor", "fsdp"),
+    "embed": ("fsdp",),
+    "patch": ("fsdp",),
+    "position": ("fsdp",),
+    "norm": ("fsdp",),
+    "rank": (),  # of an adapter: every device has all of it
+    "rows": ("data", "fsdp"),  # of a batch, and of activations
+}
 SMALLEST_SHARDED = 1 << 14  # values; smaller tensors are replicated
 
 
 def make_mesh(config: ParallelConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh `data x fsdp x tensor`; one size may be -1 and takes what is left of the devices."""
+    """The mesh `data x fsdp x tensor`; one size may be -1 and takes what is left of the devices.
+
+    Devices come host by host, so data goes over hosts first and tensor stays within one.
+    """
     devices = devices or jax.devices()
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes[0] == -1:
@@ -34,23 +50,42 @@ def make_mesh(config: ParallelConfig, devices: list[jax.Device] | None = None) -
             value=dict(zip(AXES, sizes)),
             mend="data x fsdp x tensor must be the number of devices; data: -1 takes what is left",
         )
+    if config.strategy == "pmap" and sizes[1:] != [1, 1]:
+        raise UserError(
+            "pmap holds everything on every device",
+            field="parallel.strategy",
+            value=dict(zip(AXES, sizes)),
+            mend="Set fsdp and tensor to 1, or use strategy: mesh",
+        )
+    hosts: dict[int, int] = {}
+    for device in devices:
+        hosts[device.process_index] = hosts.get(device.process_index, 0) + 1
+    if any(count % sizes[2] for count in hosts.values()):
+        raise UserError(
+            "the tensor axis must stay within a host, for its devices are fed the same rows",
+            field="parallel.tensor",
+            value=sizes[2],
+            mend=f"Use a divisor of {min(hosts.values())}",
+        )
     return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def leaf_spec(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> P:
-    """How a parameter is split: tensor by its logical axis, fsdp by its largest divisible other dimension."""
+    """How a parameter is split, by `AXIS_RULES`; what does not divide and what is small stays whole."""
     spec: list[str | None] = [None] * len(shape)
     if int(np.prod(shape)) < SMALLEST_SHARDED:
         return P()
-    lead = len(shape) - len(axes)  # stacked layers lead; they are never split
-    for offset, axis in enumerate(axes):
-        dimension = lead + offset
-        if axis in TENSOR_AXES and mesh.shape["tensor"] > 1 and shape[dimension] % mesh.shape["tensor"] == 0:
-            spec[dimension] = "tensor"
-            break
-    free = [d for d in range(lead, len(shape)) if spec[d] is None and shape[d] % mesh.shape["fsdp"] == 0]
-    if free and mesh.shape["fsdp"] > 1:
-        spec[max(free, key=lambda d: shape[d])] = "fsdp"
+    lead = len(shape) - len(axes)
+
+    def free(mesh_axis: str) -> list[int]:
+        allowed = [lead + place for place, axis in enumerate(axes) if mesh_axis in AXIS_RULES[axis]]
+        size = mesh.shape[mesh_axis]
+        return [place for place in allowed if spec[place] is None and size > 1 and shape[place] % size == 0]
+
+    if places := free("tensor"):
+        spec[places[0]] = "tensor"
+    if places := free("fsdp"):
+        spec[max(places, key=lambda place: shape[place])] = "fsdp"
     return P(*spec)
 
 
@@ -67,8 +102,25 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh, leading: int = 1) -> NamedSharding:
-    """Rows over data and fsdp; `leading` unsplit axes (the accumulation window) come first."""
-    return NamedSharding(mesh, P(*([None] * leading), ("data", "fsdp")))
+    """Rows by `AXIS_RULES`; `leading` unsplit axes (the accumulation window) come first."""
+    return NamedSharding(mesh, P(*([None] * leading), AXIS_RULES["rows"]))
+
+
+def layer_wrapper(mesh: Mesh, remat: Wrapper | None) -> Wrapper:
+    """What goes around the body of a scan over layers: rows stay split between layers, then recomputation.
+
+    Without it the compiler may gather every row's activations on every device rather than a layer's weights.
+    """
+    rows = batch_sharding(mesh, leading=0)
+
+    def wrap(body: Body) -> Body:
+        def split(carry: Any, layer: Any) -> tuple[Any, Any]:
+            carry, out = body(jax.lax.with_sharding_constraint(carry, rows), layer)
+            return jax.lax.with_sharding_constraint(carry, rows), out
+
+        return remat(split) if remat else split
+
+    return wrap
 
 
 def rows_over_hosts(rows: int, mesh: Mesh) -> int:
@@ -90,9 +142,7 @@ def put_batch(batch: Any, mesh: Mesh, leading: int = 1) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def compile_step(
-    step: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh, state_sharding: Any
-) -> Callable[[Any, Any], tuple[Any, Any]]:
+def compile_step(step: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh, state_sharding: Any) -> jax.stages.Wrapped:
     """Jit a training step over the mesh; the state is donated."""
     return jax.jit(
         step,
@@ -100,3 +150,49 @@ def compile_step(
         out_shardings=(state_sharding, NamedSharding(mesh, P())),
         donate_argnums=0,
     )
+
+
+PMAP_AXIS = "devices"
+
+
+def put_parts(batch: Any, mesh: Mesh, leading: int = 1) -> Any:
+    """Host arrays (this host's rows) -> a part of the rows for each of this host's devices, under a leading axis."""
+    local = _local_mesh(mesh)
+    count = local.size
+
+    def put(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        shape = (*array.shape[:leading], count, array.shape[leading] // count, *array.shape[leading + 1 :])
+        parts = np.ascontiguousarray(np.moveaxis(array.reshape(shape), leading, 0))
+        return jax.device_put(parts, NamedSharding(local, P(PMAP_AXIS)))
+
+    return jax.tree.map(put, batch)
+
+
+def compile_parts(step: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """The replicated data-parallel trainer: `jax.pmap` of a step that sums over `PMAP_AXIS`; the state is donated.
+
+    Between steps the state is one global, replicated array a leaf, as under `compile_step`, so that the same
+    checkpoints serve both; pmap itself takes and gives each host's copies.
+    """
+    mapped = jax.pmap(step, PMAP_AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0)
+    everywhere, here = NamedSharding(mesh, P()), NamedSharding(_local_mesh(mesh), P())
+
+    def relabel(tree: Any, sharding: NamedSharding) -> Any:
+        def relabel_leaf(leaf: jax.Array) -> jax.Array:
+            copies = [shard.data for shard in leaf.addressable_shards]
+            return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+
+        return jax.tree.map(relabel_leaf, tree)
+
+    def run(state: Any, batch: Any) -> tuple[Any, Any]:
+        state, metrics = mapped(relabel(state, here), batch)
+        return relabel(state, everywhere), relabel(metrics, everywhere)
+
+    return run
+
+
+def _local_mesh(mesh: Mesh) -> Mesh:
+    """This host's devices of a mesh, in its order."""
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return Mesh(np.array(own), (PMAP_AXIS,), axis_types=(AxisType.Auto,))

@@ -26,6 +26,7 @@ from csp_jax.models.phi3_vision import Phi3Vision
 from csp_jax.models.qwen2_vl import Qwen2VL
 from csp_jax.models.qwen_vl import QwenVL
 from csp_jax.sharding import leaf_spec
+from csp_jax.world import BASE
 
 MODELS: dict[str, Any] = {
     "llava": Llava,
@@ -36,12 +37,9 @@ MODELS: dict[str, Any] = {
 }
 
 
-WORLD_BASE = Path(__file__).parent.parent / "world" / "base"
-
-
 def checkpoint_folder(name: str) -> Path:
     """A model's folder; `world` is the base that ships with the package."""
-    folder = WORLD_BASE if name == "world" else Path(name)
+    folder = BASE if name == "world" else Path(name)
     if not folder.is_dir():
         raise UserError("there is no such checkpoint folder", file=folder, mend="Give a folder in the hub's layout")
     return folder

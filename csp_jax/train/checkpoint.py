@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from grain.checkpoint import CheckpointHandler, CheckpointRestore, CheckpointSave
 from jaxtyping import Int
+from orbax.checkpoint import checkpoint_managers as policy
 
+from csp_jax.config import RunConfig
 from csp_jax.errors import UserError, full_disk_named
 from csp_jax.models.hub import companions
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.lora import has_adapter, merge_adapter
 from csp_jax.models.peft_writer import save_adapter
 from csp_jax.models.registry import save_model
+from csp_jax.train import hosts
+from csp_jax.train.integrity import seal_unfinished, set_aside
 
 BASE = "base"  # the name of the fingerprint among the leaves of a checkpoint
 
@@ -53,24 +57,51 @@ def fingerprint(leaves: list[jax.Array]) -> Int[jax.Array, ""]:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder: the newest, every so many steps, the best by loss (see `RunConfig`).
 
-    def __init__(self, directory: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    What is torn is set aside before anything is picked up, and named.
+    """
+
+    def __init__(self, directory: Path, config: RunConfig, say: Callable[[str], None]):
         self.directory = directory.resolve()
-        handlers = {"state": ocp.StandardCheckpointHandler(), "data": CheckpointHandler()}
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if hosts.is_first():
+            for text in set_aside(self.directory):
+                say(text)
+        hosts.wait_for_all("checkpoints")
+        policies: list[Any] = [policy.LatestN(config.keep)]
+        if config.keep_every:
+            policies.append(policy.EveryNSteps(config.keep_every))
+        if config.keep_best:
+            policies.append(policy.BestN(lambda metrics: metrics["loss"], reverse=True, n=config.keep_best))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy.AnyPreservationPolicy(policies),
+            create=True,
+            enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
         self.manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
-    def save(self, step: int, state: Any, iterator: Any) -> None:
-        """Start writing a checkpoint; the run goes on meanwhile."""
+    def _seal(self) -> None:
+        if hosts.is_first():
+            seal_unfinished(self.directory)
+
+    def save(self, step: int, state: Any, iterator: Any, loss: float) -> None:
+        """Start writing a checkpoint; the run goes on meanwhile. `loss`: the mean since the one before."""
         if self.manager.latest_step() == step:
             return
         saved = ocp.args.StandardSave(kept_leaves(state))
+        # One position for all hosts: it counts batches, and batch s of every host belongs to step s.
+        position = ocp.args.JsonSave(copy.deepcopy(iterator.get_state()))
         with full_disk_named(self.directory):
-            self.manager.save(step, args=ocp.args.Composite(state=saved, data=CheckpointSave(iterator)))
+            self.manager.save(step, args=ocp.args.Composite(state=saved, data=position), metrics={"loss": loss})
 
     def restore(self, state: Any, iterator: Any) -> tuple[Any, int]:
-        """The newest checkpoint as `state` is shaped and sharded (or `state` itself), and its step."""
+        """The newest checkpoint as `state` is shaped, typed and sharded (or `state` itself), and its step.
+
+        It may have been written from another mesh, by another number of hosts and in another precision.
+        """
         step = self.manager.latest_step()
         if step is None:
             return state, 0
@@ -79,8 +110,9 @@ class Checkpoints:
         self._check(step, wanted)
         restored = self.manager.restore(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), data=CheckpointRestore(iterator)),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore()),
         )
+        iterator.set_state(restored["data"])
         found = restored["state"]
         if BASE in kept and int(found[BASE]) != int(kept[BASE]):
             raise UserError(

@@ -8,22 +8,22 @@ Nothing here waits for the device but the metrics of the step before.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import signal
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import yaml
 from flax import nnx
+from jax.sharding import Mesh
 
-from csp_jax.config import LossConfig, NoiseConfig, OptimizerConfig, TrainConfig, load_config, read_yaml
+from csp_jax.config import LossConfig, NoiseConfig, OptimizerConfig, TrainConfig, read_yaml
 from csp_jax.data.batch import Batch, Packer, Shape
 from csp_jax.data.recipes import RECIPES
 from csp_jax.data.recipes.base import Drawn, Objective
@@ -39,17 +39,31 @@ from csp_jax.models.lora import add_adapter, merge_adapter
 from csp_jax.models.peft import load_adapter
 from csp_jax.models.registry import checkpoint_folder, load_model, new_model
 from csp_jax.perturb import Schedule
-from csp_jax.sharding import compile_step, make_mesh, put_batch, rows_over_hosts, state_shardings
+from csp_jax.sharding import (
+    PMAP_AXIS,
+    compile_parts,
+    compile_step,
+    layer_wrapper,
+    make_mesh,
+    put_batch,
+    put_parts,
+    rows_over_hosts,
+    state_shardings,
+)
 from csp_jax.text import Prompts
+from csp_jax.train import hosts
 from csp_jax.train.checkpoint import Checkpoints, export_adapter, export_model
+from csp_jax.train.folder import prepare_folder
 from csp_jax.train.state import TrainState, decay_mask, new_state, split_model
-from csp_jax.train.step import make_step
+from csp_jax.train.step import Step, make_step
 from csp_jax.train.telemetry import Telemetry
+from csp_jax.train.watch import Watch
 
 REMAT: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint,
     "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_saveable),
+    "weights": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 
 
@@ -128,6 +142,69 @@ def read_prompts(file: str) -> Prompts:
     return Prompts.from_mapping(read_yaml(Path(file))) if file else Prompts()
 
 
+def batch_shape(config: TrainConfig, rows: int, cell: tuple[int, int]) -> Shape:
+    """The static sizes of a micro-batch of so many rows; `cell` is the family's."""
+    sizes = config.data.recipe.shape
+    return Shape(
+        rows=rows,
+        prompt=sizes.prompt,
+        groups=sizes.groups,
+        length=sizes.length,
+        targets=sizes.targets,
+        responses=sizes.responses,
+        pictures=1,
+        canvas=cell,
+        cells=sizes.cells,
+    )
+
+
+def configured_step(
+    config: TrainConfig, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Step:
+    """The training step as a configuration says, not yet compiled."""
+    remat, mapped = REMAT[config.model.remat], config.parallel.strategy == "pmap"
+    return make_step(
+        graphdef,
+        make_loss(config.loss),
+        optimizer,
+        schedule=make_schedule(config.noise),
+        seed=config.seed,
+        dtype=jnp.dtype(config.model.dtype),
+        remat=remat if mapped else layer_wrapper(mesh, remat),
+        grounding=config.loss.grounding,
+        axis=PMAP_AXIS if mapped else None,
+    )
+
+
+def wrap_model(model: VisionLanguageModel, config: TrainConfig) -> dict[str, Any]:
+    """Put the configured adapter on a model; the fields of the one that it goes on from."""
+    lora = config.model.lora
+    if lora is None:
+        return {}
+    dtype = jnp.dtype(lora.dtype)
+    if lora.adapter:
+        return load_adapter(model, Path(lora.adapter), dropout=lora.dropout, dtype=dtype)
+    add_adapter(
+        model, lora.targets, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, seed=config.seed, dtype=dtype
+    )
+    return {}
+
+
+def place_state(
+    model: VisionLanguageModel, optimizer: optax.GradientTransformation, freeze: Sequence[str], mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """Where every leaf of the first state belongs, and that state there; the model's own arrays are given up.
+
+    Moments are made where they belong, so no device ever holds all of them.
+    """
+    start = functools.partial(new_state, optimizer=optimizer, freeze=freeze)
+    shardings = state_shardings(mesh, nnx.eval_shape(start, model))
+    graphdef, values = nnx.split(model)
+    values = jax.device_put(values, state_shardings(mesh, values))
+    make = jax.jit(lambda values: start(nnx.merge(graphdef, values)), out_shardings=shardings, donate_argnums=0)
+    return shardings, make(values)
+
+
 class Run:
     """Everything that a configured run needs, made once."""
 
@@ -141,11 +218,9 @@ class Run:
         self.steps = self._steps()
         self.optimizer = make_optimizer(config.optimizer, self.steps)
         model = self._model()
-        self.adapter_config = self._wrap(model)
+        self.adapter_config = wrap_model(model, config)
         self.graphdef, _, _ = split_model(model, config.model.freeze)
-        state = new_state(model, self.optimizer, config.model.freeze)
-        self.shardings = state_shardings(self.mesh, state)
-        self.state: TrainState = jax.device_put(state, self.shardings)
+        self.shardings, self.state = place_state(model, self.optimizer, config.model.freeze, self.mesh)
 
     def _steps(self) -> int:
         config = self.config
@@ -159,25 +234,6 @@ class Run:
             return new_model(HubConfig.read(self.source_folder), self.config.seed, dtype)
         return merge_adapter(load_model(self.source_folder, dtype=dtype, mesh=self.mesh))
 
-    def _wrap(self, model: VisionLanguageModel) -> dict[str, Any]:
-        """Put the configured adapter on a model; the fields of the one that it goes on from."""
-        lora = self.config.model.lora
-        if lora is None:
-            return {}
-        dtype = jnp.dtype(lora.dtype)
-        if lora.adapter:
-            return load_adapter(model, Path(lora.adapter), dropout=lora.dropout, dtype=dtype)
-        add_adapter(
-            model,
-            lora.targets,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            seed=self.config.seed,
-            dtype=dtype,
-        )
-        return {}
-
     def dataset(self) -> Any:
         """The run's batches as a Grain data set."""
         config = self.config
@@ -185,18 +241,7 @@ class Run:
         recipe = RECIPES[config.data.recipe.name](
             config.data.recipe, str(self.source_folder), read_prompts(config.prompts), objective
         )
-        sizes = config.data.recipe.shape
-        shape = Shape(
-            rows=self.rows,
-            prompt=sizes.prompt,
-            groups=sizes.groups,
-            length=sizes.length,
-            targets=sizes.targets,
-            responses=sizes.responses,
-            pictures=1,
-            canvas=recipe.family.cell,
-            cells=sizes.cells,
-        )
+        shape = batch_shape(config, self.rows, recipe.family.cell)
         return record_dataset(
             self.source,
             batch_size=self.rows * config.batch.accumulation,
@@ -210,138 +255,133 @@ class Run:
 
     def step_function(self) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
         """The compiled training step."""
-        config = self.config
-        step = make_step(
-            self.graphdef,
-            make_loss(config.loss),
-            self.optimizer,
-            schedule=make_schedule(config.noise),
-            seed=config.seed,
-            dtype=jnp.dtype(config.model.dtype),
-            remat=REMAT[config.model.remat],
-            grounding=config.loss.grounding,
-        )
+        step = configured_step(self.config, self.graphdef, self.optimizer, self.mesh)
+        if self.config.parallel.strategy == "pmap":
+            return compile_parts(step, self.mesh)
         return compile_step(step, self.mesh, self.shardings)
+
+    def put(self, batch: Batch) -> Batch:
+        """This host's rows on its devices."""
+        return (put_parts if self.config.parallel.strategy == "pmap" else put_batch)(batch, self.mesh)
 
     def model(self) -> VisionLanguageModel:
         """The model as it stands."""
         return nnx.merge(self.graphdef, self.state.trainable, self.state.frozen)
 
 
-class StopSignal:
-    """Turns SIGTERM and SIGINT into a request that the loop sees between two steps."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt  # asked twice: do not wait for the step
-        self.received = number
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, under dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
-
-
-def prepare_folder(config: TrainConfig) -> None:
-    """Write the configuration into the run folder, or refuse a folder of another run."""
-    out = Path(config.run.out)
-    file = out / "config.yaml"
-    values = config.model_dump(mode="json")
-    if file.exists():
-        before, now = flatten(load_config(TrainConfig, file).model_dump(mode="json")), flatten(values)
-        for field in {**before, **now}:
-            if not field.startswith("run.") and before.get(field) != now.get(field):
-                raise UserError(
-                    f"the folder holds a run with another configuration, here it is {now.get(field)!r}",
-                    file=file,
-                    field=field,
-                    value=before.get(field),
-                    mend="Choose another run.out or delete the folder",
-                )
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".partial")
-    temporary.write_text(yaml.safe_dump(values, sort_keys=False))
-    temporary.rename(file)
-
-
 def train(config: TrainConfig, *, title: str = "train") -> Path:
     """Run a configured training to its end, resuming what is there; returns the trained model's folder.
 
-    Raises Interrupted after SIGTERM or SIGINT, with the state saved.
+    Raises Interrupted after SIGTERM or SIGINT, with the state saved. Of several processes, one that fails or finds
+    another one gone ends at once with a message, so that none waits for it.
     """
+    hosts.join(config.run.heartbeat_seconds)
     final = Path(config.run.out) / "model"
-    prepare_folder(config)
+    if hosts.is_first():
+        prepare_folder(config)
+    hosts.wait_for_all("folder")
     if final.exists():
         return final
-    run = Run(config)
-    iterator = iter(run.dataset())
-    checkpoints = Checkpoints(run.out / "checkpoints", config.run.keep)
-    try:
-        run.state, start = checkpoints.restore(run.state, iterator)
-        run_steps(run, iterator, checkpoints, start, title)
-    finally:
-        checkpoints.close()
-    if config.model.lora is None:
-        export_model(final, run.model(), run.source_folder)
-    else:
-        base = "world" if config.model.checkpoint == "world" else str(run.source_folder.resolve())
-        export_adapter(final, run.model(), run.source_folder, base, run.adapter_config)
+    with Watch(config.run.hang_seconds, say, hosts.leave if config.run.hang_exit else None) as watch:
+        try:
+            train_in(config, final, watch, title)
+        except Interrupted:
+            raise
+        except Exception as error:
+            if jax.process_count() > 1:
+                hosts.abandon(watch.waiting, error)
+            raise
     return final
 
 
-def run_steps(run: Run, iterator: Iterator[Window], checkpoints: Checkpoints, start: int, title: str) -> None:
+def say(text: str) -> None:
+    """A line for whoever runs the training."""
+    print(f"csp: {text}", file=sys.stderr, flush=True)
+
+
+def train_in(config: TrainConfig, final: Path, watch: Watch, title: str) -> None:
+    """The run itself, to its exported model."""
+    run = Run(config)
+    iterator = iter(run.dataset())
+    checkpoints = Checkpoints(run.out / "checkpoints", config.run, say)
+    watch.note("the restored checkpoint")
+    run.state, start = checkpoints.restore(run.state, iterator)
+    try:
+        run_steps(run, iterator, checkpoints, watch, start, title)
+    finally:
+        if jax.process_count() == 1 or not isinstance(sys.exception(), jax.errors.JaxRuntimeError):
+            watch.note("the checkpoint that is being written")
+            checkpoints.close()
+    watch.note("the exported model")
+    model = hosts.whole(run.model())
+    if hosts.is_first() and config.model.lora is None:
+        export_model(final, model, run.source_folder)
+    elif hosts.is_first():
+        base = "world" if config.model.checkpoint == "world" else str(run.source_folder.resolve())
+        export_adapter(final, model, run.source_folder, base, run.adapter_config)
+    hosts.wait_for_all("exported")
+
+
+def run_steps(
+    run: Run, iterator: Iterator[Window], checkpoints: Checkpoints, watch: Watch, start: int, title: str
+) -> None:
     """Steps `start`..`steps`; the metrics of a step are fetched while the next one runs."""
     config = run.config.run
     step_function = run.step_function()
     telemetry = Telemetry(
-        run.out,
+        hosts.own_folder(run.out),
         total=run.steps,
         start=start,
         title=title,
-        progress=config.progress,
+        progress=config.progress and hosts.is_first(),
         log_every=config.log_every,
     )
     late: tuple[int, dict[str, jax.Array], Window] | None = None
-    number = start
+    number, stopping = start, False
+    losses: list[float] = []  # since the last checkpoint
 
     def report(entry: tuple[int, dict[str, jax.Array], Window]) -> None:
         number, metrics, window = entry
+        watch.note(f"step {number} on the devices")
+        values = jax.device_get(metrics)
         images = int((window.batch.grid[..., 0] > 0).sum())
-        telemetry.log(number, jax.device_get(metrics), window.counts, window.tokens, images)
+        telemetry.log(number, values, window.counts, window.tokens, images)
+        losses.append(float(values["loss"]))
+        check_skipped(int(values["skipped"]), config.skip_limit, number)
 
-    with telemetry, StopSignal() as stop:
+    with telemetry, hosts.StopSignal() as stop:
         for number in range(start + 1, run.steps + 1):
+            watch.note(f"the data of step {number}")
             window = next(iterator)
-            batch = put_batch(window.batch, run.mesh)
+            batch = run.put(window.batch)
+            watch.note(f"the start of step {number}")
             with jax.transfer_guard("disallow"):
                 run.state, metrics = step_function(run.state, batch)
             if late is not None:
                 report(late)
             late = (number, metrics, window)
+            stopping = hosts.told_to_stop(number, stop.received)
             due = config.checkpoint_every and number % config.checkpoint_every == 0
-            if due or number == run.steps or stop.received is not None:
+            if due or number == run.steps or stopping:
                 report(late)  # before the checkpoint: a run that goes on from there will not say it again
                 late = None
-                checkpoints.save(number, run.state, iterator)
-            if stop.received is not None:
+                watch.note(f"the checkpoint of step {number}")
+                checkpoints.save(number, run.state, iterator, float(np.mean(losses)))
+                losses.clear()
+            if stopping:
                 break
         if late is not None:
             report(late)
-    if stop.received is not None and number < run.steps:
+    if stopping and number < run.steps:
         raise Interrupted(f"stopped after step {number} of {run.steps}; the same command goes on from there")
+
+
+def check_skipped(skipped: int, limit: int, step: int) -> None:
+    """UserError if more updates than allowed were left out because they were not finite."""
+    if limit and skipped > limit:
+        raise UserError(
+            f"{skipped} of {step} updates had a loss or a gradient that is not finite and were left out",
+            field="run.skip_limit",
+            value=limit,
+            mend="Lower optimizer.learning_rate, raise optimizer.epsilon or model.param_dtype, or look at the data",
+        )

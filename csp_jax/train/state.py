@@ -17,12 +17,13 @@ from csp_jax.models.lora import LoraParam, has_adapter
 
 @struct.dataclass
 class TrainState:
-    """Step, parameters that train, parameters that do not, optimizer state."""
+    """Step, parameters that train, parameters that do not, optimizer state, updates that were left out."""
 
     step: Int[Array, ""]
     trainable: nnx.State
     frozen: nnx.State
     optimizer: optax.OptState
+    skipped: Int[Array, ""]
 
 
 def split_model(model: VisionLanguageModel, freeze: Sequence[str]) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -49,7 +50,8 @@ def split_model(model: VisionLanguageModel, freeze: Sequence[str]) -> tuple[nnx.
 def new_state(model: VisionLanguageModel, optimizer: optax.GradientTransformation, freeze: Sequence[str]) -> TrainState:
     """The state before the first step."""
     _, trainable, frozen = split_model(model, freeze)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+    nothing = jnp.zeros((), jnp.int32)
+    return TrainState(nothing, trainable, frozen, optimizer.init(trainable), jnp.zeros_like(nothing))
 
 
 def decay_mask(params: nnx.State) -> nnx.State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from csp_jax.perturb import Schedule, perturb
 from csp_jax.train.state import TrainState
 
 Metrics = dict[str, Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def batch_pixels(model: VisionLanguageModel, batch: Batch, key: Array, schedule: Schedule) -> Array | None:
@@ -40,13 +42,21 @@ def make_step(
     dtype: jnp.dtype = jnp.float32,
     remat: Callable | None = None,
     grounding: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`step(state, window)`; every array of `window` has a leading axis of micro-batches."""
+    axis: str | None = None,
+) -> Step:
+    """`step(state, window)`; every array of `window` has a leading axis of micro-batches.
+
+    An update whose loss or gradient is not finite is left out: only the step number and `skipped` change.
+    `axis`: the step runs on a part of the rows under a mapped axis of this name (pmap), state replicated.
+    """
 
     coefficients = {**loss.coefficients, **({"grounding": grounding, "slot_accuracy": 0.0} if grounding else {})}
 
     def count(batch: Batch) -> Terms:
         return {**loss.counts(batch), **(grounding_counts(batch) if grounding else {})}
+
+    def whole(parts: Any) -> Any:
+        return parts if axis is None else jax.lax.psum(parts, axis)
 
     def objective(
         trainable: nnx.State, frozen: nnx.State, batch: Batch, keys: tuple[Array, Array], counts: Terms
@@ -66,7 +76,10 @@ def make_step(
     def step(state: TrainState, window: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         dropout = dropout_key(seed, state.step)
-        counts = jax.tree.map(lambda x: jnp.maximum(x.sum(), 1e-9), jax.vmap(count)(window))
+        if axis is not None:
+            dropout = jax.random.fold_in(dropout, jax.lax.axis_index(axis))
+        counts = whole(jax.tree.map(jnp.sum, jax.vmap(count)(window)))
+        counts = jax.tree.map(lambda x: jnp.maximum(x, 1e-9), counts)
 
         def accumulate(carry: tuple[nnx.State, Array, Terms], numbered: tuple[Array, Batch]) -> tuple[tuple, None]:
             (gradients, total, sums), (number, batch) = carry, numbered
@@ -80,16 +93,27 @@ def make_step(
         zero = jax.tree.map(jnp.zeros_like, state.trainable)
         start = (zero, jnp.zeros(()), {name: jnp.zeros(()) for name in coefficients})
         numbers = jnp.arange(window.tokens.shape[0])
-        (gradients, total, sums), _ = jax.lax.scan(accumulate, start, (numbers, window))
+        gradients, total, sums = whole(jax.lax.scan(accumulate, start, (numbers, window))[0])
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+
+        def kept(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+        new_state = TrainState(
+            state.step + 1,
+            kept(optax.apply_updates(state.trainable, updates), state.trainable),
+            state.frozen,
+            kept(optimizer_state, state.optimizer),
+            state.skipped + jnp.where(finite, 0, 1),
+        )
         metrics = {
             "loss": total,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": norm,
+            "skipped": new_state.skipped,
             **{name: sums[name] / counts[name] for name in sums},
         }
-        new_state = TrainState(
-            state.step + 1, optax.apply_updates(state.trainable, updates), state.frozen, optimizer_state
-        )
         return new_state, metrics
 
     return step

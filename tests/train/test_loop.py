@@ -38,15 +38,18 @@ STEPS, EVERY = 24, 4
 WORLD = WorldConfig(statistics_scenes=100)
 
 
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_ground(folder: Path) -> Path:
     """A checkpoint folder, and a world of forty scenes."""
-    folder = tmp_path_factory.mktemp("loop")
     tokenizer = build_tokenizer(WORLD, scenes=20, vocab_size=400)
     write_folder(folder / "checkpoint", tiny_values(vocab_size=400, num_hidden_layers=2), tokenizer)
     save_model(folder / "checkpoint", tiny_model(vocab_size=400, num_hidden_layers=2))
     build(WORLD, folder / "world", {"train": 40})
     return folder
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_ground(tmp_path_factory.mktemp("loop"))
 
 
 def values(ground: Path, out: Path, **changes: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,16 @@ from csp_jax.losses.simpo import SimpoLoss
 from csp_jax.models.hub import flat_paths
 from csp_jax.models.llava import Llava
 from csp_jax.perturb import Schedule
-from csp_jax.sharding import compile_step, make_mesh, put_batch, state_shardings
-from csp_jax.train.loop import REMAT, make_optimizer
+from csp_jax.sharding import (
+    PMAP_AXIS,
+    compile_parts,
+    compile_step,
+    layer_wrapper,
+    make_mesh,
+    put_batch,
+    put_parts,
+)
+from csp_jax.train.loop import REMAT, make_optimizer, place_state
 from csp_jax.train.state import TrainState, new_state, split_model
 from csp_jax.train.step import make_step
 
@@ -131,19 +140,22 @@ def stack_of(window: Batch, number: int) -> Batch:
     return Batch(**arrays, groups=window.groups)
 
 
+UPDATES = 5
+
+
 def run_on(config: ParallelConfig, devices: list[jax.Device], model: Llava) -> tuple[TrainState, list[dict], Any]:
-    """Three steps over three windows, compiled for a mesh."""
-    mesh = make_mesh(config, devices)
-    optimizer = make_optimizer(ADAM, 3)
+    """Five steps over five windows, compiled for a mesh, or mapped over the devices."""
+    mesh, mapped = make_mesh(config, devices), config.strategy == "pmap"
+    optimizer = make_optimizer(ADAM, UPDATES)
     graphdef, _, _ = split_model(model, ())
-    state = new_state(model, optimizer, ())
-    shardings = state_shardings(mesh, state)
-    state = jax.device_put(jax.tree.map(jnp.copy, state), shardings)
-    step = make_step(graphdef, SimpoLoss(), optimizer, schedule=Schedule(), seed=3)
-    compiled = compile_step(step, mesh, shardings)
+    shardings, state = place_state(jax.tree.map(jnp.copy, model), optimizer, (), mesh)
+    options = {"axis": PMAP_AXIS} if mapped else {"remat": layer_wrapper(mesh, None)}
+    step = make_step(graphdef, SimpoLoss(), optimizer, schedule=Schedule(), seed=3, **options)
+    compiled = compile_parts(step, mesh) if mapped else compile_step(step, mesh, shardings)
+    put = put_parts if mapped else put_batch
     history = []
-    for number in range(3):
-        state, metrics = compiled(state, put_batch(windows(number, rows=ROWS, count=2 * ROWS), mesh))
+    for number in range(UPDATES):
+        state, metrics = compiled(state, put(windows(number, rows=ROWS, count=2 * ROWS), mesh))
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history, compiled
 
@@ -152,6 +164,13 @@ def run_on(config: ParallelConfig, devices: list[jax.Device], model: Llava) -> t
 def on_one_device(model: Llava) -> tuple[TrainState, list[dict], Any]:
     with jax.default_matmul_precision("highest"):
         return run_on(ParallelConfig(data=1), jax.devices()[:1], model)
+
+
+def assert_same(found: tuple[TrainState, list[dict], Any], wanted: tuple[TrainState, list[dict], Any]) -> None:
+    for here, there in zip(found[1], wanted[1], strict=True):
+        assert here == pytest.approx(there, rel=1e-4, abs=3e-4)
+    assert difference(found[0].trainable, wanted[0].trainable) < 1e-5
+    assert int(found[0].step) == UPDATES
 
 
 @pytest.mark.slow
@@ -164,11 +183,7 @@ def test_eight_devices_are_one(model, on_one_device, parallel, monkeypatch):
     monkeypatch.setattr("csp_jax.sharding.SMALLEST_SHARDED", 1)  # tiny tensors too
     assert len(jax.devices()) == 8
     state, history, compiled = run_on(parallel, jax.devices(), model)
-    wanted, wanted_history, _ = on_one_device
-    for found, want in zip(history, wanted_history, strict=True):
-        assert found == pytest.approx(want, rel=1e-4, abs=3e-4)
-    assert difference(state.trainable, wanted.trainable) < 1e-5
-    assert int(state.step) == 3
+    assert_same((state, history, compiled), on_one_device)
     assert compiled._cache_size() == 1
     kernel = flat_paths(state.trainable)["decoder.layers.mlp.up.kernel"].get_value()
     axes = {axis for axis in kernel.sharding.spec if axis is not None}
@@ -176,6 +191,38 @@ def test_eight_devices_are_one(model, on_one_device, parallel, monkeypatch):
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == kernel.shape]
     assert len(moments) == 4  # two of this kernel, two of the gate's
     assert all(leaf.sharding == kernel.sharding for leaf in moments)
+
+
+@pytest.mark.slow
+def test_pmap_over_eight_devices_is_one(model, on_one_device):
+    found = run_on(ParallelConfig(strategy="pmap"), jax.devices(), model)
+    assert_same(found, on_one_device)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(found[0].trainable))
+
+
+def test_an_update_that_is_not_finite_is_left_out(model):
+    """Only the step number and the count change; the next good update is what it would have been."""
+    optimizer = make_optimizer(ADAM, 3)
+    graphdef, _, _ = split_model(model, ())
+    step = jax.jit(make_step(graphdef, SftLoss(), optimizer, schedule=Schedule(), seed=0))
+    first, _ = step(new_state(model, optimizer, ()), windows(0, rows=4))
+    broken = windows(1, rows=4)
+    broken.target_weight[0, 0, :2] = np.inf
+    after, metrics = step(first, broken)
+    assert not np.isfinite(metrics["loss"])
+    assert (int(after.step), int(after.skipped), int(metrics["skipped"])) == (2, 1, 1)
+    for old, new in zip(
+        jax.tree.leaves((first.trainable, first.optimizer)),
+        jax.tree.leaves((after.trainable, after.optimizer)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(old, new)
+    good, metrics = step(after, windows(2, rows=4))
+    skipping, _ = step(dataclasses.replace(first, step=jnp.int32(2)), windows(2, rows=4))
+    assert int(good.skipped) == 1
+    assert np.isfinite(metrics["loss"])
+    for old, new in zip(jax.tree.leaves(skipping.trainable), jax.tree.leaves(good.trainable), strict=True):
+        np.testing.assert_array_equal(old, new)
 
 
 def test_one_compilation_for_batches_of_one_shape(on_one_device):
@@ -285,5 +332,5 @@ def test_noise_goes_by_step_and_seed(model):
             state, metrics = step(state, window)
             losses[seed, number] = float(metrics["loss"])
     assert len(set(losses.values())) == 4
-    resumed = TrainState(jnp.int32(1), *[getattr(state, n) for n in ("trainable", "frozen", "optimizer")])
+    resumed = dataclasses.replace(state, step=jnp.int32(1))
     assert float(step(resumed, window)[1]["loss"]) == losses[1, 1]

@@ -23,8 +23,8 @@ def die_after(last: int) -> None:
     """Let the checkpoint of step `last` be the last thing that this process does."""
     save = Checkpoints.save
 
-    def save_and_die(self: Checkpoints, step: int, state: Any, iterator: Any) -> None:
-        save(self, step, state, iterator)
+    def save_and_die(self: Checkpoints, step: int, *arguments: Any) -> None:
+        save(self, step, *arguments)
         if step == last:
             self.manager.wait_until_finished()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,115 @@
+"""The child process of `csp plan`: compiles candidates for a target, one line of JSON in and one out for each.
+
+It runs apart because a process has one set of compilers, because they print, and because a compiler that runs out of
+memory takes its process with it. Nothing here needs the devices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from csp_jax.plan.targets import Target, parse_target
+
+GPU_OPTIONS: dict[str, Any] = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    # Kernels of its own are chosen by timing them, which needs a device; cuBLAS needs none.
+    "xla_gpu_enable_triton_gemm": False,
+}
+# libtpu asks the machine what it is; here it is told.
+TPU_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LOG_DIR": "disabled"}
+TPU_TYPES = {"v5e": "v5litepod-{}", "v5p": "v5p-{}", "v6e": "v6e-{}"}
+
+
+def devices(target: Target) -> list[Any]:
+    """The target's devices as the compiler describes them."""
+    from jax.experimental import topologies
+
+    if target.card.platform == "tpu":
+        name = f"{target.card.name}:{target.topology}"
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    text = target.card.compiler_description()
+    found = topologies.get_topology_desc(
+        platform="cuda", topology_name="gpu", topology=target.topology, target_config=text
+    )
+    return list(found.devices)
+
+
+def measure(request: dict[str, Any], target: Target, found: list[Any]) -> dict[str, Any]:
+    """Compile one candidate; everything that is read from what came out."""
+    from csp_jax.config import TrainConfig
+    from csp_jax.plan.hlo import parse
+    from csp_jax.plan.program import step_program
+    from csp_jax.plan.roofline import Schedule
+    from csp_jax.sharding import make_mesh
+
+    config = TrainConfig.model_validate(request["config"])
+    mesh = make_mesh(config.parallel, found)
+    program = step_program(config, Path(request["folder"]), mesh)
+    flops = program.useful_flops()
+    answer: dict[str, Any] = {
+        "parameters": program.parameters(),
+        "bytes_a_device": program.bytes_a_device(),
+        "flops_useful": flops,
+    }
+    start = time.perf_counter()
+    lowered = program.lower()
+    try:
+        compiled = lowered.compile(GPU_OPTIONS if target.card.platform == "cuda" else None)
+    except Exception as error:
+        needed = _needed_bytes(str(error))
+        if needed is None:
+            raise
+        return {**answer, "bytes_peak": needed, "compile_seconds": time.perf_counter() - start}
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    cost = Schedule(parse(text), target).step()
+    return {
+        **answer,
+        "compile_seconds": time.perf_counter() - start,
+        "bytes_arguments": memory.argument_size_in_bytes,
+        "bytes_temporaries": memory.temp_size_in_bytes,
+        "bytes_peak": memory.peak_memory_in_bytes,
+        "collectives": {kind: int(size) for kind, size in sorted(cost.collectives.items()) if size},
+        "seconds": cost.seconds,
+        "seconds_products": cost.products,
+        "seconds_traffic": cost.traffic,
+        "seconds_wires": cost.wires,
+        "flops_executed": cost.flops * target.devices,
+        "mfu": flops / (cost.seconds * target.devices * target.card.flops),
+    }
+
+
+def _needed_bytes(message: str) -> int | None:
+    """What a TPU compiler says is needed when it is more than there is; None: the error is another one."""
+    found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
+    return int(float(found.group(1)) * 1024 ** ("KMG".index(found.group(2)) + 1)) if found else None
+
+
+def main() -> None:
+    """Answers on the file descriptor that standard output was; what compilers print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    target = parse_target(sys.argv[1])
+    os.environ.update(JAX_PLATFORMS="cpu")
+    if target.card.platform == "tpu":
+        os.environ.update(TPU_ENVIRONMENT)
+        os.environ["TPU_ACCELERATOR_TYPE"] = TPU_TYPES[target.card.name].format(target.devices)
+    found = devices(target)
+    for line in sys.stdin:
+        try:
+            answer = measure(json.loads(line), target, found)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:500]}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

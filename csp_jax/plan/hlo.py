@@ -1,0 +1,213 @@
+"""Reading a compiled program's text: its computations in their schedule, sizes, matrix products, collectives."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+_SIZES = {
+    4: "s4 u4",
+    8: "pred s8 u8 f8e4m3fn f8e5m2",
+    16: "s16 u16 bf16 f16",
+    32: "s32 u32 f32",
+    64: "s64 u64 f64 c64",
+    128: "c128",
+}
+BITS = {name: bits for bits, names in _SIZES.items() for name in names.split()}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([\d,]*)\]")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_NAME = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: `name = type opcode(operands), attributes`."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    parameter: int = -1
+
+    @functools.cached_property
+    def arrays(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Element type and shape of every array of the result."""
+        found = _ARRAY.findall(self.type)
+        return [(kind, tuple(int(size) for size in shape.split(",") if size)) for kind, shape in found if kind in BITS]
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        """Of the result."""
+        return sum(array_bytes(kind, shape) for kind, shape in self.arrays)
+
+    def attribute(self, name: str) -> str | None:
+        """The name, number or braces behind `name=`."""
+        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
+        return found.group(1) if found else None
+
+    def called(self, name: str) -> str | None:
+        """The computation behind `name=`."""
+        value = self.attribute(name)
+        return value.lstrip("%") if value else None
+
+    @property
+    def collective(self) -> str | None:
+        """The kind, if the instruction starts a collective operation (or is a whole one)."""
+        kind = self.opcode.removesuffix("-start")
+        return kind if kind in COLLECTIVES else None
+
+
+def array_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * BITS[kind] // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """Instructions in the order in which they run."""
+
+    name: str
+    instructions: tuple[Instruction, ...]
+
+    @functools.cached_property
+    def by_name(self) -> Mapping[str, Instruction]:
+        return {instruction.name: instruction for instruction in self.instructions}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """All computations of a compiled module."""
+
+    computations: Mapping[str, Computation]
+    entry: Computation
+
+    def inner(self, instruction: Instruction) -> Computation | None:
+        """What a fusion or a call runs."""
+        name = instruction.called("calls") or instruction.called("to_apply")
+        return self.computations.get(name) if name else None
+
+    def flops(self, instruction: Instruction, where: Computation) -> float:
+        """Multiplications and additions of matrix products, one execution, inside fusions too."""
+        own = product_flops(instruction, where)
+        if own or instruction.opcode not in ("fusion", "call", "async-start"):
+            return own
+        inside = self.inner(instruction)
+        return sum(self.flops(part, inside) for part in inside.instructions) if inside else 0.0
+
+    def collectives(self, instruction: Instruction) -> Iterator[Instruction]:
+        """The instruction itself or those inside a fusion that are collective operations."""
+        if instruction.collective:
+            yield instruction
+        elif instruction.opcode in ("fusion", "call", "async-start"):
+            inside = self.inner(instruction)
+            for part in inside.instructions if inside else ():
+                yield from self.collectives(part)
+
+
+def parse(text: str) -> Program:
+    """The text of a compiled module (`Compiled.as_text()`)."""
+    computations: dict[str, Computation] = {}
+    entry, name, lines = "", "", list[Instruction]()
+    for line in text.splitlines():
+        head = _HEAD.match(line)
+        if head and " = " not in line.split("->")[0]:
+            name, lines = head.group(2), []
+            entry = name if head.group(1) else entry
+        elif line.startswith("}") and name:
+            computations[name] = Computation(name, tuple(lines))
+            name = ""
+        elif name and " = " in line:
+            lines.append(_instruction(line))
+    return Program(computations, computations[entry])
+
+
+def _instruction(line: str) -> Instruction:
+    left, _, rest = line.strip().partition(" = ")
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    kind, rest = rest[:end], rest[end:].strip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    operands, opcode = rest[opening + 1 : closing], rest[:opening]
+    name = left.removeprefix("ROOT ").lstrip("%")
+    number = int(operands) if opcode == "parameter" else -1
+    return Instruction(name, kind, opcode, tuple(_NAME.findall(operands)), rest[closing + 1 :], number)
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the parenthesis that opens there is closed."""
+    depth = 0
+    for place in range(opening, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if depth == 0:
+            return place
+    raise ValueError(f"not closed: {text[opening : opening + 80]}")
+
+
+def trip_count(instruction: Instruction) -> int:
+    """How often a loop's body runs; 1 where the compiler does not know."""
+    found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
+    return int(found.group(1)) if found else 1
+
+
+def product_flops(instruction: Instruction, where: Computation) -> float:
+    """Multiplications and additions of a matrix product or convolution; 0 for everything else."""
+    if instruction.opcode == "convolution":
+        return _convolution_flops(instruction, where)
+    product = instruction.opcode == "dot" or "matmul" in (instruction.attribute("custom_call_target") or "")
+    if not product or instruction.operands[0] not in where.by_name:
+        return 0.0
+    left = where.by_name[instruction.operands[0]].arrays[0][1]
+    found = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^}\]]*)', instruction.attributes)
+    summed = [left[int(number)] for number in re.findall(r"\d+", found.group(1))] if found else []
+    return 2.0 * math.prod(instruction.arrays[0][1]) * math.prod(summed)
+
+
+def _convolution_flops(instruction: Instruction, where: Computation) -> float:
+    """TPUs write matrix products as convolutions; a batch axis is a window over zeros, of which one place counts."""
+    labels = instruction.attribute("dim_labels")
+    kernel = where.by_name.get(instruction.operands[1])
+    if labels is None or kernel is None:
+        return 0.0
+    sizes = kernel.arrays[0][1]
+    rhs = labels.split("_")[1].split("-")[0]
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    dilated = re.search(r"lhs_dilate=([\dx]+)", window.group(1)) if window else None
+    spread = [int(number) for number in dilated.group(1).split("x")] if dilated else []
+    count = 1
+    for label, size in zip(rhs, sizes):
+        if label.isdigit():
+            count *= 1 if spread and spread[int(label)] > 1 else size
+        elif label == "i":
+            count *= size
+    return 2.0 * math.prod(instruction.arrays[0][1]) * count
+
+
+def replica_groups(attributes: str, devices: int) -> np.ndarray:
+    """Which devices take part together, [groups, members], from any of the three ways of writing it."""
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:[^{]*device_ids=\(\[([\d,]*)\]\))?\s*\{([^}]*)\}", attributes)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
+        shape = [int(size) for size in sizes.values()]
+        ids = np.array([int(i) for i in mesh.group(2).split(",")]) if mesh.group(2) else np.arange(math.prod(shape))
+        together = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh.group(3))]
+        apart = [axis for axis in range(len(shape)) if axis not in together]
+        members = math.prod(shape[axis] for axis in together)
+        return ids.reshape(shape).transpose(*apart, *together).reshape(-1, members)
+    listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes)
+    if listed and listed.group(1):
+        return np.array([[int(i) for i in part.split(",")] for part in re.findall(r"\{([\d,]+)\}", listed.group(1))])
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        shape, reshaped = ([int(i) for i in part.split(",")] for part in iota.group(1, 2))
+        order = [int(i) for i in iota.group(3).split(",")] if iota.group(3) else range(len(reshaped))
+        return np.arange(math.prod(shape)).reshape(reshaped).transpose(*order).reshape(shape)
+    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", attributes)
+    if pairs:
+        return np.array([[int(i) for i in part.split(",")] for part in re.findall(r"\{([\d,]+)\}", pairs.group(1))])
+    return np.arange(devices).reshape(1, devices)

@@ -1,0 +1,196 @@
+"""From a configuration and a target to a plan: what was tried, what fits, what is best."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from csp_jax.config import TrainConfig
+from csp_jax.errors import UserError
+from csp_jax.plan.targets import Target
+
+STRONGER = {"none": "weights", "dots": "weights", "weights": "full"}  # what keeps fewer activations
+MOST_ROWS = 8  # a device: beyond that matrix products gain nothing
+WORTH = 1.02  # by how much more rows have to raise the estimated MFU
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """What a plan may change of a configuration; rows are a micro-batch's over all devices."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    rows: int
+    accumulation: int
+    remat: str
+
+    @classmethod
+    def of(cls, config: TrainConfig, target: Target) -> Candidate:
+        """A configuration on a target, the mesh completed; UserError if it does not divide."""
+        mesh = config.parallel
+        data = mesh.data if mesh.data != -1 else max(target.devices // (mesh.fsdp * mesh.tensor), 1)
+        found = cls(data, mesh.fsdp, mesh.tensor, config.batch.rows, config.batch.accumulation, config.model.remat)
+        if data * mesh.fsdp * mesh.tensor != target.devices:
+            raise UserError(
+                f"the mesh takes {data * mesh.fsdp * mesh.tensor} devices, {target} has {target.devices}",
+                field="parallel",
+                value=found.mesh,
+                mend="data x fsdp x tensor must be the number of devices; data: -1 takes what is left",
+            )
+        if config.batch.rows % found.split:
+            raise UserError(
+                f"rows must divide by data x fsdp = {found.split}",
+                field="batch.rows",
+                value=config.batch.rows,
+                mend=f"Use a multiple of {found.split}",
+            )
+        return found
+
+    @property
+    def split(self) -> int:
+        """Over how many parts rows are split."""
+        return self.data * self.fsdp
+
+    @property
+    def rows_a_device(self) -> float:
+        return self.rows / self.split
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+
+    @property
+    def update(self) -> int:
+        """Rows that an update is made of."""
+        return self.rows * self.accumulation
+
+    def apply(self, config: TrainConfig) -> TrainConfig:
+        """The configuration with this mesh, batch and recomputation."""
+        return config.model_copy(
+            update={
+                "parallel": config.parallel.model_copy(update=self.mesh),
+                "batch": config.batch.model_copy(update={"rows": self.rows, "accumulation": self.accumulation}),
+                "model": config.model.model_copy(update={"remat": self.remat}),
+            }
+        )
+
+    def with_rows(self, rows: int, update: int) -> Candidate:
+        """Other rows, and as many micro-batches as keep an update's size (at least one)."""
+        return dataclasses.replace(self, rows=rows, accumulation=max(update // rows, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A candidate and what the compiler said of it."""
+
+    candidate: Candidate
+    found: dict[str, Any]
+    available: int
+
+    @property
+    def peak(self) -> int | None:
+        return self.found.get("bytes_peak")
+
+    @property
+    def fits(self) -> bool:
+        """Compiled, and under what the allocator may use."""
+        return "error" not in self.found and self.peak is not None and self.peak <= self.available
+
+    @property
+    def mfu(self) -> float:
+        return self.found.get("mfu", 0.0)
+
+
+class Measure(Protocol):
+    def __call__(self, config: TrainConfig, folder: Path) -> dict[str, Any]: ...
+
+
+def start_on(config: TrainConfig, target: Target) -> Candidate:
+    """Where the search begins when the configuration's mesh is not the target's: weights split within a host (as far
+    as that leaves a row for each device), rows over hosts, and the configuration's rows a device."""
+    try:
+        return Candidate.of(config, target)
+    except UserError:
+        pass
+    fsdp = target.per_host if target.card.platform == "cuda" else target.devices
+    data = target.devices // fsdp
+    rows_a_device = max(config.batch.rows // (config.parallel.fsdp * max(config.parallel.data, 1)), 1)
+    update = config.batch.rows * config.batch.accumulation
+    first = Candidate(data, fsdp, 1, 1, 1, config.model.remat)
+    return first.with_rows(rows_a_device * first.split, update)
+
+
+def less_memory(candidate: Candidate, update: int) -> Iterator[Candidate]:
+    """What to try where a candidate does not fit, the cheapest change first."""
+    if candidate.remat in STRONGER:
+        yield dataclasses.replace(candidate, remat=STRONGER[candidate.remat])
+    if candidate.rows_a_device > 1:
+        yield candidate.with_rows(candidate.rows // 2, update)
+    if candidate.data % 2 == 0:
+        yield dataclasses.replace(candidate, data=candidate.data // 2, fsdp=candidate.fsdp * 2)
+    if candidate.fsdp % 2 == 0 and candidate.tensor < 8:
+        smaller = dataclasses.replace(candidate, fsdp=candidate.fsdp // 2, tensor=candidate.tensor * 2)
+        yield smaller.with_rows(max(candidate.rows // 2, smaller.split), update)
+
+
+def search(
+    config: TrainConfig,
+    folder: Path,
+    target: Target,
+    measure: Measure,
+    *,
+    start: Candidate | None = None,
+    climb: bool = True,
+    only: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Trial]:
+    """Everything that was tried, in order; `only`: the start alone.
+
+    Down until something fits, then (`climb`) up in rows while that fits and is worth it. An update keeps its size
+    where the devices allow it.
+    """
+    update = config.batch.rows * config.batch.accumulation
+    trials: list[Trial] = []
+
+    def attempt(candidate: Candidate) -> Trial:
+        say(f"{target}: {describe(candidate)}")
+        trial = Trial(candidate, measure(candidate.apply(config), folder), target.card.available)
+        trials.append(trial)
+        return trial
+
+    trial = attempt(start or start_on(config, target))
+    if only:
+        return trials
+    while not trial.fits:
+        following = next((c for c in less_memory(trial.candidate, update) if _untried(c, trials)), None)
+        if following is None:
+            return trials
+        trial = attempt(following)
+    while climb and trial.fits:
+        following = trial.candidate.with_rows(trial.candidate.rows * 2, update)
+        grown = (trial.peak or 0) + trial.found.get("bytes_temporaries", 0)
+        if following.rows_a_device > MOST_ROWS or grown > target.card.available or not _untried(following, trials):
+            break
+        before, trial = trial.mfu, attempt(following)
+        if trial.mfu < WORTH * before:
+            break
+    return trials
+
+
+def _untried(candidate: Candidate, trials: list[Trial]) -> bool:
+    return all(trial.candidate != candidate for trial in trials)
+
+
+def recommend(trials: list[Trial]) -> Trial | None:
+    """The fastest that fits."""
+    return max((trial for trial in trials if trial.fits), key=lambda trial: trial.mfu, default=None)
+
+
+def describe(candidate: Candidate) -> str:
+    """A candidate in words."""
+    mesh = " x ".join(f"{name} {size}" for name, size in candidate.mesh.items())
+    rows = f"{candidate.rows} rows ({candidate.rows_a_device:g} a device) x {candidate.accumulation}"
+    return f"{mesh}, {rows}, remat {candidate.remat}"

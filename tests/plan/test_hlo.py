@@ -1,0 +1,121 @@
+"""What is read from compiled programs: against closed forms, on programs that the installed compiler made."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from csp_jax.plan.hlo import Instruction, Program, parse, product_flops, replica_groups, trip_count
+from csp_jax.plan.roofline import Schedule, traffic_bytes, wire_cost
+from csp_jax.plan.targets import parse_target
+
+TARGET = parse_target("a100-80g:2x4")
+WIDTH, LAYERS, ROWS = 64, 5, 16
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    """A scan over five layers whose weights are split over eight devices, and a sum over them."""
+    mesh = Mesh(np.array(jax.devices()), ("all",), axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, P(None, "all"))
+
+    def run(weights: jax.Array, x: jax.Array) -> jax.Array:
+        def body(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, None]:
+            whole = jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, P()))
+            return jnp.tanh(x @ whole), None
+
+        return jnp.sum(jax.lax.scan(body, x, weights)[0])
+
+    weights = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)
+    x = jax.ShapeDtypeStruct((ROWS * 8, WIDTH), jnp.float32)
+    compiled = jax.jit(run, in_shardings=(split, NamedSharding(mesh, P("all")))).lower(weights, x).compile()
+    return parse(compiled.as_text())
+
+
+def test_work_and_wires_of_a_real_program(program):
+    cost = Schedule(program, TARGET).step()
+    assert cost.flops == 2 * ROWS * WIDTH * WIDTH * LAYERS
+    assert cost.collectives["all-gather"] == 4 * WIDTH * WIDTH * LAYERS
+    assert cost.collectives["all-reduce"] == 4  # the sum
+    assert cost.seconds >= max(cost.products, cost.traffic, cost.wires)
+
+
+def test_a_loop_counts_as_often_as_it_runs(program):
+    loops = [i for c in program.computations.values() for i in c.instructions if i.opcode == "while"]
+    assert [trip_count(loop) for loop in loops] == [LAYERS]
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("replica_groups={}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ],
+)
+def test_groups_in_every_way_of_writing(text, groups):
+    assert replica_groups(text, 8).tolist() == groups
+
+
+def gather(members: str) -> Instruction:
+    return Instruction("g", "bf16[8,1000000]{1,0}", "all-gather", ("x",), f", replica_groups={members}")
+
+
+def test_wires_within_and_between_hosts():
+    """8 MB x 2 bytes; within a host by its links, between two by the adapters that the members share."""
+    size, near = wire_cost(gather("[2,4]<=[8]"), TARGET)
+    assert size == 16_000_000
+    assert near == pytest.approx(16e6 * 3 / 4 / (300e9 * 0.8) + 10e-6)
+    _, far = wire_cost(gather("[4,2]<=[2,4]T(1,0)"), TARGET)
+    assert far == pytest.approx(16e6 / 2 / (25e9 * 0.8) + 30e-6)
+    _, all_eight = wire_cost(gather("[1,8]<=[8]"), TARGET)
+    assert all_eight == pytest.approx(16e6 / 2 / (4 * 25e9 * 0.8) + 30e-6)
+    assert wire_cost(gather("[8,1]<=[8]"), TARGET) == (0, 0.0)
+
+
+HAND_MADE = """HloModule hand
+
+%slice (p0: f32[10,100], p1: s32[]) -> f32[1,100] {
+  %p0 = f32[10,100]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %d = f32[1,100]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,100}
+}
+
+%write (q0: f32[10,100], q1: f32[1,100], q2: s32[]) -> f32[10,100] {
+  %q0 = f32[10,100]{1,0} parameter(0)
+  %q1 = f32[1,100]{1,0} parameter(1)
+  %q2 = s32[] parameter(2)
+  %none = s32[] constant(0)
+  ROOT %u = f32[10,100]{1,0} dynamic-update-slice(%q0, %q1, %q2, %none)
+}
+
+ENTRY %main (a: f32[10,100], i: s32[], b: bf16[4,6,8], c: bf16[4,8,5]) -> f32[10,100] {
+  %a = f32[10,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = bf16[4,6,8]{2,1,0} parameter(2)
+  %c = bf16[4,8,5]{2,1,0} parameter(3)
+  %s = f32[1,100]{1,0} fusion(%a, %i), kind=kLoop, calls=%slice
+  %m = (bf16[4,6,5]{2,1,0}, s8[64]{0}) custom-call(%b, %c), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  ROOT %w = f32[10,100]{1,0} fusion(%a, %s, %i), kind=kLoop, calls=%write
+}
+"""  # noqa: E501
+
+
+def test_a_kernel_reads_slices_and_writes_in_place():
+    program = parse(HAND_MADE)
+    entry = program.entry.by_name
+    assert traffic_bytes(program, entry["s"], program.entry) == 400 + 400 + 4  # a row in, a row out, the index
+    assert traffic_bytes(program, entry["w"], program.entry) == 400 + 400 + 4
+    assert product_flops(entry["m"], program.entry) == 2 * 4 * 6 * 5 * 8
+    cost = Schedule(program, TARGET).step()
+    assert cost.flops == 2 * 4 * 6 * 5 * 8
+    assert cost.seconds == pytest.approx(3 * 3e-6)  # three kernels, each too small to count

@@ -1,0 +1,95 @@
+"""`csp plan` itself, where the compilers of the `plan` extra are; what it says where they are not."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from csp_jax.config import TrainConfig, load_config
+from csp_jax.errors import UserError
+from csp_jax.families.registry import open_family
+from csp_jax.models.registry import family_of
+from csp_jax.plan.compilers import require_compiler
+from csp_jax.plan.run import make_plans, model_folder
+from csp_jax.plan.targets import parse_target
+
+ROOT = Path(__file__).parents[2]
+PAPERS = sorted((ROOT / "configs" / "csp").glob("*.yaml"))
+PACKAGES = Path(os.environ.get("CSP_PLAN_PACKAGES", ROOT / "build" / "plan"))
+
+
+def test_missing_compilers_are_named_with_the_command(tmp_path):
+    for target, package in (("a100-80g:1x8", "jax-cuda12-plugin"), ("v5e:4x8", "libtpu")):
+        with pytest.raises(UserError, match=package) as caught:
+            require_compiler(parse_target(target), tmp_path)
+        assert "pip install 'csp_jax[plan]'" in str(caught.value.mend)
+
+
+def compilers(target: str) -> Path | None:
+    for packages in (None, PACKAGES):
+        try:
+            require_compiler(parse_target(target), packages)
+        except UserError:
+            continue
+        return packages
+    pytest.skip("the compilers are not installed: make plan-compilers")
+
+
+@pytest.mark.heavy
+def test_a_small_step_for_gpus_that_are_not_here(tmp_path):
+    """The embedded base on two A100s: bytes match arithmetic, weights are gathered, the estimate is possible."""
+    file = tmp_path / "world.yaml"
+    file.write_text(
+        "model: {dtype: bfloat16}\nloss: {name: sft}\nbatch: {rows: 8, accumulation: 2}\nparallel: {fsdp: 2}\n"
+    )
+    (plan,) = make_plans([file], ["a100-80g:1x2"], packages=compilers("a100-80g:1x2"), only=True)
+    (row,) = plan.rows()
+    assert row["error"] is None
+    assert row["fits"]
+    held = row["bytes_parameters"] + row["bytes_optimizer"]
+    assert held == pytest.approx(12 * row["parameters"] / 2, rel=0.05)
+    assert held < row["bytes_arguments"] < row["bytes_peak"] <= row["bytes_available"]
+    assert row["collectives"]["all-gather"] > 0
+    assert 0 < row["estimated_mfu"] < 1
+    assert row["flops_executed"] == pytest.approx(row["flops_useful"], rel=0.2)
+
+
+@pytest.mark.parametrize("file", PAPERS, ids=lambda file: file.stem)
+def test_the_papers_rows_hold_a_picture(file):
+    """Prompt slots and cells of the largest picture of the family, and words before it."""
+    import numpy as np
+    from PIL import Image
+
+    config = load_config(TrainConfig, file)
+    family = open_family(model_folder(config, file), words=False)
+    shape = config.data.recipe.shape
+    for size in ((640, 480), (480, 640), (1000, 1000), (300, 900)):
+        picture = Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8))
+        canvas = family.canvas(picture)
+        rows, columns = canvas.shape[0] // family.cell[0], canvas.shape[1] // family.cell[1]
+        cells = rows * columns + (family.overview(picture) is not None)
+        assert family.image_tokens(canvas) + 8 <= shape.prompt, size
+        assert cells <= max(shape.cells, 1), size
+
+
+def test_every_family_has_both_methods():
+    found = {(family_of_file(file), load_config(TrainConfig, file).loss.name) for file in PAPERS}
+    families = {family for family, _ in found}
+    assert families == {"llava", "qwen2_vl", "internvl2", "phi3_vision", "qwen_vl"}
+    assert {(family, method) for family in families for method in ("sft", "simpo")} <= found
+
+
+def family_of_file(file: Path) -> str:
+    from csp_jax.models.hub import HubConfig
+
+    return family_of(HubConfig.read(model_folder(load_config(TrainConfig, file), file)))
+
+
+def test_the_models_numbers_are_the_published_ones():
+    released = json.loads((ROOT / "tests" / "golden" / "full_size.json").read_text())
+    published = [entry["config"] for entry in released.values()]
+    for file in (ROOT / "configs" / "models").glob("*/config.json"):
+        assert json.loads(file.read_text()) in published, file

@@ -1,0 +1,102 @@
+"""The search over batch, recomputation and mesh, on a machine whose memory and speed are formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from csp_jax.config import TrainConfig, load_config
+from csp_jax.errors import UserError
+from csp_jax.plan.page import page, rows
+from csp_jax.plan.search import Candidate, describe, recommend, search
+from csp_jax.plan.targets import parse_target
+
+GIB = 1 << 30
+KEPT = {"none": 20, "weights": 4, "full": 1}  # GiB of activations of a row
+
+
+class Machine:
+    """State of `weights` GiB split over fsdp and tensor, activations by row; small batches are slow."""
+
+    def __init__(self, weights: float):
+        self.weights = weights
+        self.asked: list[TrainConfig] = []
+
+    def __call__(self, config: TrainConfig, folder: Path) -> dict[str, Any]:
+        self.asked.append(config)
+        mesh = config.parallel
+        rows = config.batch.rows / (mesh.data * mesh.fsdp)
+        state = self.weights * GIB / (mesh.fsdp * mesh.tensor)
+        activations = KEPT[config.model.remat] * rows * GIB / mesh.tensor
+        speed = rows / (rows + 1) * (0.7 if config.model.remat == "full" else 0.8)
+        return {
+            "parameters": 1, "flops_useful": 1e15, "flops_executed": 1e15, "seconds": 1.0, "seconds_products": 1.0,
+            "seconds_traffic": 1.0, "seconds_wires": 1.0, "compile_seconds": 1.0, "collectives": {"all-gather": 5},
+            "bytes_a_device": {"parameters": state / 3, "optimizer": state * 2 / 3, "batch": 0},
+            "bytes_arguments": state, "bytes_temporaries": activations, "bytes_peak": state + activations, "mfu": speed,
+        }  # fmt: skip
+
+
+def config(**settings: Any) -> TrainConfig:
+    return load_config(TrainConfig, None, [f"{name.replace('__', '.')}={value}" for name, value in settings.items()])
+
+
+BASE = {"parallel__fsdp": 8, "batch__rows": 8, "batch__accumulation": 8, "model__remat": "none"}
+EIGHT = parse_target("a100-80g:1x8")
+
+
+def test_more_rows_as_long_as_they_fit_and_pay():
+    machine = Machine(80)
+    trials = search(config(**{**BASE, "model__remat": "weights"}), Path(), EIGHT, machine)
+    assert [trial.candidate.rows for trial in trials] == [8, 16, 32, 64]
+    best = recommend(trials)
+    assert best is trials[-1]
+    assert {trial.candidate.update for trial in trials} == {64}  # an update keeps its size
+    assert [asked.batch.rows for asked in machine.asked] == [8, 16, 32, 64]
+
+
+def test_less_is_kept_before_rows_are_given_up():
+    trials = search(config(**{**BASE, "batch__rows": 32, "batch__accumulation": 2}), Path(), EIGHT, Machine(80))
+    assert [trial.candidate.remat for trial in trials][:2] == ["none", "weights"]
+    assert not trials[0].fits
+    assert recommend(trials).candidate.remat == "weights"
+    text = page("name", config(**{**BASE, "batch__rows": 32, "batch__accumulation": 2}), EIGHT, trials)
+    assert "does not fit: a device needs 90.0 GiB of 72.9, most of it activations (80.0 GiB)" in text
+
+
+def test_what_does_not_fit_at_all_is_said():
+    trials = search(config(**BASE), Path(), EIGHT, Machine(8 * 100))
+    assert recommend(trials) is None
+    text = page("name", config(**BASE), EIGHT, trials)
+    assert "Does not fit: a device needs" in text
+    assert "most of it optimizer" in text
+    assert not any(row["fits"] or row["recommended"] for row in rows("name", EIGHT, trials))
+
+
+def test_other_numbers_of_devices():
+    """Weights are split within a host, rows over hosts; rows a device stay as configured."""
+    trials = search(config(**BASE), Path(), parse_target("a100-80g:8x8"), Machine(80), only=True)
+    assert describe(trials[0].candidate) == "data 8 x fsdp 8 x tensor 1, 64 rows (1 a device) x 1, remat none"
+    two = search(config(**BASE), Path(), parse_target("a100-80g:2x4"), Machine(80), only=True)[0].candidate
+    assert (two.data, two.fsdp) in ((1, 8), (2, 4))
+
+
+def test_a_mesh_that_does_not_divide_is_named():
+    with pytest.raises(UserError, match="the mesh takes 3") as caught:
+        Candidate.of(config(parallel__fsdp=3, parallel__data=1), EIGHT)
+    assert caught.value.field == "parallel"
+    with pytest.raises(UserError, match="rows must divide") as caught:
+        Candidate.of(config(parallel__fsdp=8, batch__rows=12), EIGHT)
+    assert caught.value.field == "batch.rows"
+
+
+def test_the_rows_have_what_is_asked_for():
+    trials = search(config(**BASE), Path(), EIGHT, Machine(80), only=True)
+    (row,) = rows("name", EIGHT, trials)
+    wanted = "target devices mesh batch remat parameters bytes_arguments bytes_temporaries bytes_peak bytes_available"
+    wanted += " fits flops_useful collectives compile_seconds"
+    assert set(wanted.split()) <= set(row)
+    assert row["recommended"]
+    assert row["bytes_available"] == EIGHT.card.available

@@ -1,0 +1,150 @@
+"""Several real processes with a device each are one: losses, checkpoints, parameters; and none waits for a dead one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+from test_loop import make_ground, rows, values
+
+from csp_jax.train.hosts import LOST
+
+STEPS = 5
+INTERRUPTED = 9  # what train_child.py leaves with
+HEARTBEAT = 10
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Pod:
+    """Processes of one run, a device each, joined over loopback."""
+
+    def __init__(self, ground: Path, out: Path, count: int, **changes: Any):
+        self.out, self.count, port = out, count, free_port()
+        file = out.with_suffix(".yaml")
+        file.write_text(yaml.safe_dump(settings(ground, out, **changes)))
+        self.logs = [out.with_suffix(f".{number}.log") for number in range(count)]
+        self.processes = []
+        for number, log in enumerate(self.logs):
+            own = {"CSP_COORDINATOR": f"127.0.0.1:{port}", "CSP_PROCESSES": str(count), "CSP_PROCESS": str(number)}
+            self.processes.append(self._start(ground, file, log, own if count > 1 else {}))
+
+    @staticmethod
+    def _start(ground: Path, file: Path, log: Path, own: dict[str, str]) -> subprocess.Popen[bytes]:
+        flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+        environment = {**os.environ, "XLA_FLAGS": " ".join(flags), "OMP_NUM_THREADS": "1", **own}
+        environment |= {"JAX_COMPILATION_CACHE_DIR": str(ground / "compiled"), "JAX_PLATFORMS": "cpu"}
+        script = Path(__file__).parent / "train_child.py"
+        with log.open("a") as stream:
+            return subprocess.Popen(
+                [sys.executable, str(script), str(file)], env=environment, stdout=stream, stderr=subprocess.STDOUT
+            )
+
+    def wait(self) -> list[int]:
+        return [process.wait(timeout=600) for process in self.processes]
+
+    def finish(self) -> Path:
+        assert self.wait() == [0] * self.count, self.said()
+        return self.out
+
+    def said(self) -> str:
+        return "\n".join(log.read_text()[-2000:] for log in self.logs)
+
+    def wait_for_step(self, step: int) -> None:
+        while len(rows(self.out)) < step:
+            assert all(process.poll() is None for process in self.processes), self.said()
+            time.sleep(0.02)
+
+
+def settings(ground: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    run = {"out": str(out), "steps": STEPS, "checkpoint_every": 2, "progress": False, "heartbeat_seconds": HEARTBEAT}
+    base = values(ground, out, batch={"rows": 4, "accumulation": 2}, run=run)
+    # A large epsilon: gradients that are zero but for rounding would be blown up (see test_step.py).
+    return {**base, "optimizer": {"learning_rate": 1e-3, "epsilon": 1e-3}, **changes}
+
+
+def assert_same(out: Path, wanted: Path) -> None:
+    for found, want in zip(rows(out), rows(wanted), strict=True):
+        for name in ("loss", "grad_norm", "simpo", "nll", "pair_accuracy", "margin", "skipped"):
+            assert found[name] == pytest.approx(want[name], rel=2e-4, abs=2e-4), (name, found["step"])
+    found, want = (load_file(folder / "model" / "model.safetensors") for folder in (out, wanted))
+    assert set(found) == set(want)
+    for name, array in want.items():
+        np.testing.assert_allclose(found[name], array, atol=2e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_ground(tmp_path_factory.mktemp("hosts"))
+
+
+@pytest.fixture(scope="module")
+def alone(ground: Path) -> Path:
+    """The run on one device."""
+    return Pod(ground, ground / "alone", 1).finish()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(ground, alone):
+    """Data-parallel over the processes, checkpoints in between."""
+    out = Pod(ground, ground / "two", 2).finish()
+    assert_same(out, alone)
+    assert (out / "hosts" / "1" / "metrics.jsonl").exists()
+    assert {"2", "4"} & {folder.name for folder in (out / "checkpoints").iterdir()}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("count", "parallel"),
+    [(4, {"data": 1, "fsdp": 4}), (4, {"data": 2, "fsdp": 2}), (2, {"strategy": "pmap"}), (2, {"fsdp": 2})],
+    ids=["fsdp4", "data2fsdp2", "pmap", "fsdp2"],
+)
+def test_processes_are_one(ground, alone, count, parallel):
+    out = ground / "-".join(map(str, [count, *parallel.values()]))
+    assert_same(Pod(ground, out, count, parallel=parallel).finish(), alone)
+
+
+@pytest.mark.heavy
+def test_a_lost_process_ends_the_others_and_comes_back(ground, alone):
+    """One of four is killed: the others end with a message; started again, all end where the undisturbed run did."""
+    out = ground / "lost"
+    pod = Pod(ground, out, 4, parallel={"data": 2, "fsdp": 2})
+    pod.wait_for_step(3)
+    pod.processes[2].kill()
+    ends = pod.wait()
+    assert ends[2] == -signal.SIGKILL
+    others = [status for number, status in enumerate(ends) if number != 2]
+    assert all(status not in (0, INTERRUPTED) for status in others), ends
+    assert LOST in others
+    assert "lost another one while waiting for" in pod.said()
+    assert not (out / "model").exists()
+    assert_same(Pod(ground, out, 4, parallel={"data": 2, "fsdp": 2}).finish(), alone)
+
+
+@pytest.mark.heavy
+def test_one_told_to_stop_stops_all(ground, alone):
+    """SIGTERM to one of two: both save the same step and leave with the status of an interruption; one process
+    alone, on a mesh of another size, goes on from there."""
+    out = ground / "told"
+    run = {"out": str(out), "steps": 40, "progress": False, "heartbeat_seconds": HEARTBEAT}
+    pod = Pod(ground, out, 2, run=run)
+    pod.wait_for_step(2)
+    pod.processes[1].terminate()
+    assert pod.wait() == [INTERRUPTED, INTERRUPTED], pod.said()
+    reached = rows(out)[-1]["step"]
+    assert f"stopped after step {reached} of 40" in pod.said()
+    assert str(reached) in {folder.name for folder in (out / "checkpoints").iterdir()}
