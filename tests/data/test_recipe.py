@@ -286,7 +286,7 @@ def test_a_record_without_objects_is_skipped_and_counted(reader):
 @pytest.mark.parametrize("name", ["paper", "evidence"])
 @pytest.mark.parametrize("objective", ["sft", "simpo"])
 def test_retention_questions_come_beside(reader, name, objective):
-    recipe = reader.recipe(name, objective, items=2, retention_items=3)
+    recipe = reader.recipe(name, objective, items=2, retention_items=3, clean=1.0)
     for index in range(20):
         drawn, items = reader.draw(recipe, index), items_of(reader.record(index))
         ordinary = [a for a in reader.asked(recipe, drawn.sample) if a.percent is None]
@@ -295,6 +295,21 @@ def test_retention_questions_come_beside(reader, name, objective):
             assert asked.role == PLAIN
             assert asked.response == items[asked.question].truth
             assert asked.taught.strip() == f"{asked.response}</s>"
+
+
+def test_retention_asks_about_what_can_be_seen(reader):
+    """Under `evidence` no ordinary question is about an object under noise; there are buried ones to ask about."""
+    recipe = reader.recipe("evidence", items=2, retention_items=3, clean=0.0, elsewhere=0.0, region="mask")
+    hidden = 0
+    for index in range(SCENES):
+        drawn, record = reader.draw(recipe, index), reader.record(index)
+        buried, items, masks = only_picture(drawn.sample).mask, items_of(record), object_masks(record)
+        covered = {i for i, mask in enumerate(masks) if (mask & buried).sum() > 0.1 * mask.sum()}
+        hidden += sum(not covered.isdisjoint(item.regions) for item in record.items)
+        for asked in reader.asked(recipe, drawn.sample):
+            if asked.percent is None:
+                assert covered.isdisjoint(items[asked.question].regions)
+    assert hidden > SCENES
 
 
 def test_categories_take_turns():

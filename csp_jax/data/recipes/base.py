@@ -184,9 +184,9 @@ class Recipe(abc.ABC):
             asker.confidence(question, response, 100 - percent, role=REJECTED),
         )
 
-    def retention(self, asker: Asker, record: Record, generator: np.random.Generator) -> list[Bundle]:
+    def retention(self, asker: Asker, items: Sequence[Item], generator: np.random.Generator) -> list[Bundle]:
         """Ordinary questions and answers beside the confidence queries, so that answering is kept."""
-        asked_about = [item for item in record.items if item.candidates or self.config.free_form]
+        asked_about = [item for item in items if item.candidates or self.config.free_form]
         usable = [item for item in asked_about if item.right == 1]
         chosen = in_turns(usable, generator)[: self.config.retention_items]
         return [(asker.answer(item.question, item.response),) for item in chosen]

@@ -19,6 +19,9 @@ def evidence_label(percent: float, right: bool, prior: float) -> int:
     return round(percent * right + (100 - percent) * prior)
 
 
+HIDDEN, UNTOUCHED = 0.9, 0.1  # shares of an object under noise: from here on it is buried, up to here it is seen
+
+
 def responses(item: Item) -> tuple[dict[str, bool], float]:
     """What can be answered, each with whether it is right (empty: unknown), and the prior of each.
 
@@ -79,7 +82,8 @@ class EvidenceRecipe(Recipe):
                 continue
             bundle = self.every_response(asker, item, share, counts)
             bundles += [bundle] if bundle else []
-        return self.sample(picture, bundles + self.retention(asker, record, generator), counts)
+        seen = [item for item in record.items if hidden_share(item, burial) <= UNTOUCHED]
+        return self.sample(picture, bundles + self.retention(asker, seen, generator), counts)
 
     def usable(self, record: Record, counts: Counter) -> list[Item]:
         """The items whose labels are known. Free-form ones need regions: their object is there, found or not."""
@@ -127,16 +131,20 @@ class EvidenceRecipe(Recipe):
         """Percent of the evidence for an item that is left; None where a region is half covered by accident."""
         if not item.regions:
             return 100.0 if generator.random() < self.config.distractor else float(percent)
-        if set(item.regions) <= burial.regions:
+        hidden = hidden_share(item, burial)
+        if hidden >= HIDDEN:
             return float(percent)
-        if burial.pixels is None:
-            return 100.0
-        covered = 0.0
-        for own in (burial.shapes[index] for index in item.regions):
-            covered = max(covered, float((own & burial.pixels).sum() / max(own.sum(), 1)))
-        if covered >= 0.9:
-            return float(percent)
-        return 100.0 if covered <= 0.1 else None
+        return 100.0 if hidden <= UNTOUCHED else None
+
+
+def hidden_share(item: Item, burial: Burial) -> float:
+    """The share of an item's key object that lies under noise (0..1), of several the one that is hidden most."""
+    if item.regions and set(item.regions) <= burial.regions:
+        return 1.0
+    if burial.pixels is None:
+        return 0.0 if burial.clean else 1.0
+    own = [burial.shapes[index] for index in item.regions]
+    return max((float((shape & burial.pixels).sum() / max(shape.sum(), 1)) for shape in own), default=0.0)
 
 
 def move_region(region: Mask, occupied: Mask, generator: np.random.Generator) -> Mask | None:

@@ -31,7 +31,7 @@ class PaperRecipe(Recipe):
         asker = Asker(self.family, self.prompts, picture)
         order = generator.permutation(len(same))[: self.config.items]
         asked = [self.label_bundle(asker, same[i].question, same[i].response, percent, counts) for i in order]
-        bundles = [bundle for bundle in asked if bundle] + self.retention(asker, record, generator)
+        bundles = [bundle for bundle in asked if bundle] + self.retention(asker, record.items, generator)
         return self.sample(picture, bundles, counts)
 
 
