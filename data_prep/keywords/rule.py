@@ -24,8 +24,8 @@ STOPS = _set(
     above below near next behind beside between among across through during about against around there here it they he
     she we you i who whom whose what which when where why how not no yes image picture photo photograph scene
     color colour kind type sort name number side part brand shape size time day way there's what's visible shown
-    seen present contact wearing holding please describe provide give tell explain answer question shortly briefly detail
-    details following"""
+    seen present contact wearing holding please describe provide give tell explain answer question shortly briefly
+    detail details following"""
 )
 COMPOUNDS = frozenset(
     pair.replace("_", " ")
