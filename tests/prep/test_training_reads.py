@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import tensorflow_datasets as tfds
 from prep_runs import prepared, records
 from tiny import tiny_values, write_folder
 
-from csp_jax.config import RecipeConfig
+from csp_jax.config import RecipeConfig, TrainConfig
 from csp_jax.data.recipes import RECIPES
 from csp_jax.data.recipes.base import Recipe
 from csp_jax.data.shards import ShardSource
 from csp_jax.families.interface import open_image
 from csp_jax.text import Prompts
+from csp_jax.train.loop import train
 from csp_jax.world import WorldConfig
 from csp_jax.world.tokenizer import build_tokenizer
 
@@ -83,6 +85,28 @@ def test_rlaif_pairs_train_the_evidence_recipe_on_request(checkpoint, tmp_path):
     (unverified, *_) = records(prepared("rlaifv", tmp_path / "plain", source=settings).directory)
     drawn = made(unverified, np.random.default_rng(0))
     assert (drawn.sample, drawn.counts) == (None, {"skipped_without_truth": 1})
+
+
+@pytest.mark.slow
+def test_a_training_takes_the_folder_as_it_is(checkpoint, tmp_path):
+    """Two steps of SimPO by `evidence` on RLAIF-V's layout: nothing but the folder's name is given."""
+    done = prepared("rlaifv", tmp_path)
+    shape = {"prompt": 40, "groups": 2, "length": 200, "targets": 24, "responses": 8}
+    values = {
+        "model": {"checkpoint": str(checkpoint), "random_init": True},
+        "data": {
+            "shards": str(done.directory),
+            "recipe": {"name": "evidence", "free_form": True, "labels": "grid", "grid": 20, "shape": shape},
+        },
+        "noise": {"name": "linear"},
+        "loss": {"name": "simpo"},
+        "batch": {"rows": 8},  # of the eight devices that tests/conftest.py makes
+        "run": {"out": str(tmp_path / "run"), "steps": 2, "log_every": 1, "progress": False},
+    }
+    train(TrainConfig.model_validate(values))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(np.isfinite(row["loss"]) for row in rows)
 
 
 def test_existence_questions_train_the_evidence_recipe(checkpoint, tmp_path):
