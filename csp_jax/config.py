@@ -44,6 +44,7 @@ class ModelConfig(Section):
     freeze: tuple[str, ...] = ()  # regular expressions on parameter paths
     # Activations of a layer that are kept for its gradient: all, none, products, or products with weights only.
     remat: Literal["none", "full", "dots", "weights"] = "none"
+    attention: Literal["xla", "pallas"] = "xla"  # pallas: our kernel, for NVIDIA GPUs from the A100 on
     lora: LoraConfig | None = None  # train an adapter and nothing else
 
     @pydantic.model_validator(mode="after")

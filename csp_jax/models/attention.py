@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from csp_jax.models.interval_attention import NOTHING, Outputs, interval_attention, merge
+
 NEGATIVE = -1e30
 
 
@@ -20,7 +22,8 @@ class Layout:
     """Who sees whom, derived once a batch from segments and parent pointers.
 
     `root`: the prompt index from which a branch token's tree hangs. `depth`: its distance from that prompt
-    token. `ancestors`: within its group, the tokens that a branch token sees, itself included.
+    token. `ancestors`: within its group, the tokens that a branch token sees, itself included. `first`, `last`: the
+    interval of prompt tokens that each token sees, those of the prompt before those of the branches; empty for padding.
     """
 
     prompt_mask: Bool[Array, "batch prompt prompt"]
@@ -28,7 +31,10 @@ class Layout:
     depth: Int[Array, "batch branch"]
     branch_prompt_mask: Bool[Array, "batch groups length prompt"]
     ancestors: Bool[Array, "batch groups length length"]
+    first: Int[Array, "batch tokens"]
+    last: Int[Array, "batch tokens"]
     groups: int = struct.field(pytree_node=False)
+    backend: str = struct.field(pytree_node=False, default="xla")
 
 
 def prompt_visible(
@@ -40,7 +46,16 @@ def prompt_visible(
     return (segment[:, None, :] == own[:, :, None]) & (index <= root[:, :, None]) & (own[:, :, None] > 0)
 
 
-def tree_layout(segment: Int[Array, "batch prompt"], parent: Int[Array, "batch branch"], groups: int) -> Layout:
+def segment_starts(segment: Int[Array, "batch prompt"]) -> Int[Array, "batch prompt"]:
+    """Index at which each prompt token's segment begins."""
+    index = jnp.broadcast_to(jnp.arange(segment.shape[1]), segment.shape)
+    starts = jnp.concatenate([jnp.ones_like(segment[:, :1], bool), segment[:, 1:] != segment[:, :-1]], axis=1)
+    return jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def tree_layout(
+    segment: Int[Array, "batch prompt"], parent: Int[Array, "batch branch"], groups: int, backend: str = "xla"
+) -> Layout:
     """Masks, roots and depths from the parent pointers, by pointer doubling in log2(length) rounds."""
     batch, prompt = segment.shape
     length = parent.shape[1] // groups if groups else 0
@@ -60,13 +75,18 @@ def tree_layout(segment: Int[Array, "batch prompt"], parent: Int[Array, "batch b
     root = root.reshape(batch, groups * length)
     depth = jnp.sum(ancestors, axis=-1, dtype=jnp.int32).reshape(batch, groups * length)
     everywhere = jnp.broadcast_to(jnp.arange(prompt), (batch, prompt))
+    own = jnp.concatenate([everywhere, root], axis=1)
+    start = jnp.where(segment > 0, segment_starts(segment), prompt)
     return Layout(
         prompt_mask=prompt_visible(segment, everywhere),
         root=root,
         depth=depth,
         branch_prompt_mask=prompt_visible(segment, root).reshape(batch, groups, length, prompt),
         ancestors=ancestors,
+        first=jnp.take_along_axis(start, own, axis=1),
+        last=own,
         groups=groups,
+        backend=backend,
     )
 
 
@@ -117,6 +137,115 @@ def attend_tree(
     out = out + jnp.einsum("bngrqk,bnkgd->bnqgrd", on_branch.astype(branch_v.dtype), branch_v)
     total = jnp.moveaxis(total, -1, 2)[..., None]
     return (out / jnp.where(total > 0, total, 1.0).astype(out.dtype)).reshape(q.shape)
+
+
+def attend_all(
+    q: Float[Array, "batch tokens heads dim"],
+    k: Float[Array, "batch tokens kv_heads dim"],
+    v: Float[Array, "batch tokens kv_heads dim"],
+    layout: Layout,
+) -> Float[Array, "batch tokens heads dim"]:
+    """Attention of all prompt tokens and, behind them, all branch tokens of a batch."""
+    size = layout.prompt_mask.shape[-1]
+    if layout.backend != "xla":
+        return _attend_intervals(q, k, v, layout, (layout.first, layout.last), layout.ancestors)
+    out = attend(q[:, :size], k[:, :size], v[:, :size], layout.prompt_mask)
+    if q.shape[1] == size:
+        return out
+    prompt, branch = _split_keys(k, v, layout)
+    tree = attend_tree(
+        split_groups(q[:, size:], layout.groups), prompt, branch, layout.branch_prompt_mask, layout.ancestors
+    )
+    return jnp.concatenate([out, tree.reshape(q[:, size:].shape)], axis=1)
+
+
+def attend_targets(
+    q: Float[Array, "batch targets heads dim"],
+    k: Float[Array, "batch tokens kv_heads dim"],
+    v: Float[Array, "batch tokens kv_heads dim"],
+    layout: Layout,
+    target_parent: Int[Array, "batch targets"],
+) -> Float[Array, "batch targets heads dim"]:
+    """Attention of the tokens at `target_parent` alone; targets come group by group, as many in each."""
+    prompt_mask, branch_mask = (split_groups(mask, layout.groups) for mask in target_masks(layout, target_parent))
+    if layout.backend != "xla":
+        first, last = (jnp.take_along_axis(edge, target_parent, axis=1) for edge in (layout.first, layout.last))
+        return _attend_intervals(q, k, v, layout, (first, last), branch_mask)
+    out = attend_tree(split_groups(q, layout.groups), *_split_keys(k, v, layout), prompt_mask, branch_mask)
+    return out.reshape(q.shape)
+
+
+def _attend_intervals(
+    q: Array, k: Array, v: Array, layout: Layout, interval: tuple[Array, Array], own_mask: Array
+) -> Array:
+    """The prompt's keys by the kernel, a branch's own (few) densely, merged; queries without own keys come first."""
+    size, groups = layout.prompt_mask.shape[-1], layout.groups
+    interpret = layout.backend == "pallas_interpret"
+    out, lse = interval_attention(q, k[:, :size], v[:, :size], *interval, interpret=interpret)
+    own = own_mask.shape[1] * own_mask.shape[2]
+    if not own or not own_mask.shape[3]:
+        return out
+    alone = q.shape[1] - own
+    _, (branch_k, branch_v) = _split_keys(k, v, layout)
+    among = _attend_own(split_groups(q[:, alone:], groups), branch_k, branch_v, own_mask)
+    merged = merge(((out[:, alone:], lse[:, alone:]), among))
+    return jnp.concatenate([out[:, :alone], merged], axis=1)
+
+
+def _attend_own(
+    q: Float[Array, "batch groups queries heads dim"],
+    k: Float[Array, "batch groups length kv_heads dim"],
+    v: Float[Array, "batch groups length kv_heads dim"],
+    mask: Bool[Array, "batch groups queries length"],
+) -> Outputs:
+    """Attention among the tokens of each group and the log-sum-exp of its logits, for all groups in a row."""
+    grouped = _grouped(q, k.shape[3]) * (q.shape[-1] ** -0.5)
+    logits = jnp.einsum("bnqgrd,bnkgd->bnqgrk", grouped, k, preferred_element_type=jnp.float32)
+    seen = mask[:, :, :, None, None]
+    logits = jnp.where(seen, logits, NEGATIVE)
+    peak = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.where(seen, jnp.exp(logits - peak), 0.0)
+    total = weights.sum(axis=-1)
+    some = total > 0
+    lse = jnp.where(some, peak[..., 0] + jnp.log(jnp.where(some, total, 1.0)), NOTHING)
+    out = jnp.einsum("bnqgrk,bnkgd->bnqgrd", weights.astype(v.dtype), v)
+    out = out / jnp.where(some, total, 1.0)[..., None].astype(out.dtype)
+    rows = (q.shape[0], q.shape[1] * q.shape[2], q.shape[3])
+    return out.reshape(*rows, q.shape[4]), lse.reshape(rows)
+
+
+def split_groups(x: Array, groups: int) -> Array:
+    """[batch, groups x n, ...] -> [batch, groups, n, ...]."""
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
+
+
+def _split_keys(k: Array, v: Array, layout: Layout) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Keys and values of the prompt, and of each group of branch tokens."""
+    size, groups = layout.prompt_mask.shape[-1], layout.groups
+    return (k[:, :size], v[:, :size]), (split_groups(k[:, size:], groups), split_groups(v[:, size:], groups))
+
+
+def target_masks(layout: Layout, target_parent: Int[Array, "batch targets"]) -> tuple[Array, Array]:
+    """What the query at each target's parent sees: prompt keys and the keys of the target's own group.
+
+    Targets come group by group, as many in each; a parent in the prompt sees no branch token.
+    """
+    batch, groups, length, size = layout.branch_prompt_mask.shape
+    per_group = target_parent.shape[1] // groups
+    first = size + length * (jnp.arange(target_parent.shape[1]) // per_group)
+    local = target_parent - first[None]
+    in_prompt = local < 0
+    local = jnp.clip(local, 0, max(length - 1, 0)).reshape(batch, groups, per_group, 1)
+    seen_prompt = jnp.take_along_axis(layout.prompt_mask, jnp.minimum(target_parent, size - 1)[..., None], axis=1)
+    if length == 0:
+        return seen_prompt, jnp.zeros((batch, target_parent.shape[1], 0), bool)
+    flat = (batch, groups * per_group)
+    from_branch = jnp.take_along_axis(layout.branch_prompt_mask, local, axis=2).reshape(*flat, size)
+    own = jnp.take_along_axis(layout.ancestors, local, axis=2).reshape(*flat, length)
+    return (
+        jnp.where(in_prompt[..., None], seen_prompt, from_branch),
+        own & ~in_prompt[..., None],
+    )
 
 
 def rope_frequencies(head_dim: int, theta: float | Float[Array, "..."]) -> Float[Array, "... half"]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from csp_jax.models.attention import Layout, attend, attend_tree, rotate
+from csp_jax.models.attention import Layout, attend_all, attend_targets, attend_tree, rotate
 from csp_jax.models.blocks import Embedding, GatedMlp, Linear, RMSNorm, scan_layers, stack_layers
 from csp_jax.models.checkpoint_map import SAME, Tensor, linear
 
@@ -106,10 +106,6 @@ class Layer(nnx.Module):
 
     def feed_forward(self, x: Array) -> Array:
         return x + self.mlp(self.mlp_norm(x))
-
-
-def _split_groups(x: Array, groups: int) -> Array:
-    return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
 
 
 def _concat_tables(tables: tuple[Tables, Tables]) -> Tables:
@@ -257,21 +253,10 @@ class Decoder(nnx.Module):
 
     def _layer(self, layer: Layer, hidden: Array, layout: Layout, tables: Tables) -> tuple[Array, tuple[Array, Array]]:
         """Hidden states behind a layer, and its keys and values."""
-        size = layout.prompt_mask.shape[-1]
         normed = layer.attention_norm(hidden)
         q = layer.attention.queries(normed, tables)
         k, v = layer.attention.keys_values(normed, tables)
-        out = attend(q[:, :size], k[:, :size], v[:, :size], layout.prompt_mask)
-        if hidden.shape[1] > size:
-            groups = layout.groups
-            tree = attend_tree(
-                _split_groups(q[:, size:], groups),
-                (k[:, :size], v[:, :size]),
-                (_split_groups(k[:, size:], groups), _split_groups(v[:, size:], groups)),
-                layout.branch_prompt_mask,
-                layout.ancestors,
-            )
-            out = jnp.concatenate([out, tree.reshape(q[:, size:].shape)], axis=1)
+        out = attend_all(q, k, v, layout)
         return layer.feed_forward(hidden + layer.attention.project(out)), (k, v)
 
     def _last(
@@ -279,45 +264,14 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, tuple[Array, Array]]:
         """Hidden states of the targets' parents behind the last layer, and its keys and values."""
         layer = self.last
-        size, groups = layout.prompt_mask.shape[-1], layout.groups
         normed = layer.attention_norm(hidden)
         k, v = layer.attention.keys_values(normed, tables)
         at = target_parent[..., None]
         query_tables = tuple(jnp.take_along_axis(table, at, 1) for table in tables)
         q = layer.attention.queries(jnp.take_along_axis(normed, at, 1), query_tables)
-        prompt_mask, branch_mask = target_masks(layout, target_parent)
-        out = attend_tree(
-            _split_groups(q, groups),
-            (k[:, :size], v[:, :size]),
-            (_split_groups(k[:, size:], groups), _split_groups(v[:, size:], groups)),
-            _split_groups(prompt_mask, groups),
-            _split_groups(branch_mask, groups),
-        )
+        out = attend_targets(q, k, v, layout, target_parent)
         residual = jnp.take_along_axis(hidden, at, 1)
-        return layer.feed_forward(residual + layer.attention.project(out.reshape(q.shape))), (k, v)
-
-
-def target_masks(layout: Layout, target_parent: Int[Array, "batch targets"]) -> tuple[Array, Array]:
-    """What the query at each target's parent sees: prompt keys and the keys of the target's own group.
-
-    Targets come group by group, as many in each; a parent in the prompt sees no branch token.
-    """
-    batch, groups, length, size = layout.branch_prompt_mask.shape
-    per_group = target_parent.shape[1] // groups
-    first = size + length * (jnp.arange(target_parent.shape[1]) // per_group)
-    local = target_parent - first[None]
-    in_prompt = local < 0
-    local = jnp.clip(local, 0, max(length - 1, 0)).reshape(batch, groups, per_group, 1)
-    seen_prompt = jnp.take_along_axis(layout.prompt_mask, jnp.minimum(target_parent, size - 1)[..., None], axis=1)
-    if length == 0:
-        return seen_prompt, jnp.zeros((batch, target_parent.shape[1], 0), bool)
-    flat = (batch, groups * per_group)
-    from_branch = jnp.take_along_axis(layout.branch_prompt_mask, local, axis=2).reshape(*flat, size)
-    own = jnp.take_along_axis(layout.ancestors, local, axis=2).reshape(*flat, length)
-    return (
-        jnp.where(in_prompt[..., None], seen_prompt, from_branch),
-        own & ~in_prompt[..., None],
-    )
+        return layer.feed_forward(residual + layer.attention.project(out)), (k, v)
 
 
 def cast_floating(tree: nnx.State, dtype: jnp.dtype) -> nnx.State:

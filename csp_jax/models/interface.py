@@ -13,7 +13,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
 from csp_jax.data.batch import Batch
-from csp_jax.models.attention import Layout, tree_layout
+from csp_jax.models.attention import Layout, segment_starts, tree_layout
 from csp_jax.models.checkpoint_map import Tensor
 from csp_jax.models.decoder import Decoder, Tables
 from csp_jax.models.vision import CLIP_MEAN, CLIP_STD, standardize
@@ -65,6 +65,7 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
     # While tokens are generated, the length that counts for each is that of the sequence when it was fed; True: for all
     # of them that of the prompt.
     length_of_prompt: ClassVar[bool] = False
+    attention: str = "xla"  # how: `xla`, or `pallas`, the GPU kernel (`pallas_interpret`: the same without a GPU)
     repeated: tuple[str, ...] = ()  # keys of `duplicates` that the checkpoint had
 
     @staticmethod
@@ -125,7 +126,7 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
 
         `places` are the batch's own unless given; `train` chooses what a family does in training only.
         """
-        layout = tree_layout(batch.prompt_segment, batch.parent, batch.groups)
+        layout = tree_layout(batch.prompt_segment, batch.parent, batch.groups, self.attention)
         branch = self.decoder.embed(batch.tokens).astype(prompt.dtype)
         tables = self.rope_tables(batch, layout, places, train=train)
         return self.decoder(prompt, branch, layout, tables, batch.target_parent, remat)
@@ -184,13 +185,6 @@ def segment_positions(segment: Int[Array, "batch prompt"]) -> Int[Array, "batch 
     """Position of each prompt token within its segment (padding counts from its own start)."""
     index = jnp.broadcast_to(jnp.arange(segment.shape[1]), segment.shape)
     return index - segment_starts(segment)
-
-
-def segment_starts(segment: Int[Array, "batch prompt"]) -> Int[Array, "batch prompt"]:
-    """Index at which each prompt token's segment begins."""
-    index = jnp.broadcast_to(jnp.arange(segment.shape[1]), segment.shape)
-    starts = jnp.concatenate([jnp.ones_like(segment[:, :1], bool), segment[:, 1:] != segment[:, :-1]], axis=1)
-    return jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
 def sequence_lengths(

@@ -17,13 +17,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from csp_jax.data.batch import Batch
-from csp_jax.models.attention import rope_frequencies
+from csp_jax.models.attention import rope_frequencies, segment_starts
 from csp_jax.models.blocks import LayerNorm, Linear, Mlp, scan_layers, stack_layers
 from csp_jax.models.cells import Cells, lay_cells
 from csp_jax.models.checkpoint_map import FRAMES, SAME, Tensor, fused, layer_tensors, linear, norm, split_rows
 from csp_jax.models.decoder import LLAMA_LAYER, QKV_BIAS, Decoder, DecoderConfig, Tables
 from csp_jax.models.hub import HubConfig
-from csp_jax.models.interface import VisionLanguageModel, segment_starts
+from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.vision import VisionLayer, VisionLayerConfig, patchify
 
 FRAMES_A_PATCH = 2  # a still picture is shown as two equal frames

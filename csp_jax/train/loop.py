@@ -176,8 +176,21 @@ def configured_step(
     )
 
 
+def check_attention(attention: str, mesh: Mesh) -> None:
+    """UserError where the kernel does not run on the mesh's devices."""
+    platform = mesh.devices.flat[0].platform
+    if attention == "pallas" and platform != "gpu":
+        raise UserError(
+            f"the kernel is for NVIDIA GPUs, this is a {platform}",
+            field="model.attention",
+            value=attention,
+            mend="Use xla",
+        )
+
+
 def wrap_model(model: VisionLanguageModel, config: TrainConfig) -> dict[str, Any]:
-    """Put the configured adapter on a model; the fields of the one that it goes on from."""
+    """Put the configured attention and adapter on a model; the fields of the adapter that it goes on from."""
+    model.attention = config.model.attention
     lora = config.model.lora
     if lora is None:
         return {}
@@ -213,6 +226,7 @@ class Run:
         self.out = Path(config.run.out)
         self.source_folder = checkpoint_folder(config.model.checkpoint)
         self.mesh = make_mesh(config.parallel)
+        check_attention(config.model.attention, self.mesh)
         self.rows = rows_over_hosts(config.batch.rows, self.mesh)
         self.source = ShardSource(config.data.shards, config.data.split)
         self.steps = self._steps()

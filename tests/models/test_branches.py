@@ -135,8 +135,19 @@ Evaluate = Callable[[Batch], tuple[np.ndarray, nnx.State]]
 
 @pytest.fixture(scope="module")
 def evaluate() -> Evaluate:
+    return evaluation("xla")
+
+
+@pytest.fixture(scope="module")
+def evaluate_by_kernel() -> Evaluate:
+    return evaluation("pallas_interpret")
+
+
+def evaluation(attention: str) -> Evaluate:
     """Log-probabilities, and the gradient of their sum weighted by the targets' weights; compiled once a shape."""
-    graphdef, state = nnx.split(tiny_model(seed=1))
+    model = tiny_model(seed=1)
+    model.attention = attention
+    graphdef, state = nnx.split(model)
 
     @jax.jit
     def run(state: nnx.State, batch: Batch) -> tuple[jax.Array, nnx.State]:
@@ -192,6 +203,15 @@ def test_branches_are_the_separate_sequences(evaluate, scene, seed):
         np.testing.assert_allclose(found, want, atol=1e-5, rtol=0)
     assert difference(gradient, wanted_gradient) < 1e-5
     assert log_probs[used_targets(batch)].std() > 0.3  # the model has opinions
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_the_kernel_attends_as_xla_does(evaluate, evaluate_by_kernel, scene):
+    batch, _ = place_all(SHARED, SCENES[scene](Draw(2)), share_rows=scene == "packed")
+    (found, gradient), (wanted, wanted_gradient) = evaluate_by_kernel(batch), evaluate(batch)
+    used = used_targets(batch)
+    np.testing.assert_allclose(found[used], wanted[used], atol=1e-5, rtol=0)
+    assert difference(gradient, wanted_gradient) < 1e-5
 
 
 def test_a_merged_tree_is_one_response(evaluate):
