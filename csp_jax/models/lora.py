@@ -153,7 +153,8 @@ def merge_adapter(model: Model) -> Model:
         kernel = module.kernel[...]
         sum_of_both = (kernel.astype(jnp.float32) + module.scale * delta).astype(kernel.dtype)
         plain = Linear(1, 1, bias=module.bias is not None, rngs=nnx.Rngs(0))
-        plain.kernel, plain.bias = module.kernel.replace(sum_of_both), module.bias
+        plain.kernel = nnx.Param(sum_of_both, **module.kernel.get_metadata())
+        plain.bias = module.bias
         *parents, name = path.split(".")
         parent: Any = merged
         for part in parents:
