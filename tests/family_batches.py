@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tiny import pack, stack
@@ -45,7 +46,8 @@ def trained(
     optimizer = make_optimizer(config, steps)
     graphdef, _, _ = split_model(model, ())
     step = jax.jit(make_step(graphdef, SftLoss(), optimizer, schedule=Schedule("none"), seed=0))
-    before = state = new_state(model, optimizer, ())
+    state = new_state(model, optimizer, ())
+    before = jax.tree.map(jnp.copy, state)  # the model is changed below
     window, losses = stack([family_batch(family, model)]), []
     for _ in range(steps):
         state, metrics = step(state, window)

@@ -50,7 +50,10 @@ class StepProgram:
     def useful_flops(self) -> float:
         """Of one update, all devices together (see `plan.flops`)."""
         plain = self.config.model_copy(update={"model": self.config.model.model_copy(update={"remat": "none"})})
-        step = configured_step(plain, self.graphdef, self.optimizer(), self.mesh)
+        model = nnx.merge(self.graphdef, self.state.trainable, self.state.frozen)
+        model.attention = "xla"  # products within a kernel cannot be counted
+        graphdef, _, _ = split_model(model, plain.model.freeze)
+        step = configured_step(plain, graphdef, self.optimizer(), self.mesh)
         whole = product_flops(jax.make_jaxpr(step)(self.state, self.window).jaxpr)
         return whole - masked_attention_flops(self.text, self.shape, self.config.batch.accumulation)
 
@@ -81,7 +84,7 @@ def planned_model(config: TrainConfig, folder: Path) -> VisionLanguageModel:
         wrap_model(model, config)
         return model
 
-    return nnx.eval_shape(wrap, model) if config.model.lora else model
+    return nnx.eval_shape(wrap, model)
 
 
 def step_program(config: TrainConfig, folder: Path, mesh: Mesh) -> StepProgram:

@@ -176,16 +176,19 @@ def configured_step(
     )
 
 
-def check_attention(attention: str, mesh: Mesh) -> None:
-    """UserError where the kernel does not run on the mesh's devices."""
+def check_attention(config: TrainConfig, mesh: Mesh) -> None:
+    """UserError where the kernel does not run: off GPUs, and where the compiler would have to split it."""
     platform = mesh.devices.flat[0].platform
-    if attention == "pallas" and platform != "gpu":
+    field, value = "model.attention", config.model.attention
+    if value != "pallas":
+        return
+    if platform not in ("gpu", "cuda"):
         raise UserError(
-            f"the kernel is for NVIDIA GPUs, this is a {platform}",
-            field="model.attention",
-            value=attention,
-            mend="Use xla",
+            f"the kernel is for NVIDIA GPUs, this is a {platform}", field=field, value=value, mend="Use xla"
         )
+    if config.parallel.strategy == "mesh" and mesh.size > 1:
+        mend = "Use xla, or parallel.strategy: pmap"
+        raise UserError("the kernel runs on one device, or one a copy", field=field, value=value, mend=mend)
 
 
 def wrap_model(model: VisionLanguageModel, config: TrainConfig) -> dict[str, Any]:
@@ -226,7 +229,7 @@ class Run:
         self.out = Path(config.run.out)
         self.source_folder = checkpoint_folder(config.model.checkpoint)
         self.mesh = make_mesh(config.parallel)
-        check_attention(config.model.attention, self.mesh)
+        check_attention(config, self.mesh)
         self.rows = rows_over_hosts(config.batch.rows, self.mesh)
         self.source = ShardSource(config.data.shards, config.data.split)
         self.steps = self._steps()

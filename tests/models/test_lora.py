@@ -17,6 +17,7 @@ from flax import nnx
 from golden_folders import FAMILIES
 from golden_llava import SHAPE, TINY, all_logits, golden_sample, whole_prompts
 from tiny import change, difference, jitted_score, pack, stack, tiny_model
+from tiny_families import family_model
 
 from csp_jax.config import OptimizerConfig, ParallelConfig
 from csp_jax.data.batch import Batch, Branch, Sample, Shape
@@ -184,7 +185,7 @@ def test_a_new_adapter_starts_as_peft_starts_it():
     layers = dict(adapted(model))
     assert len(layers) == 14
     assert layers["decoder.layers.mlp.up"].lora_a.shape == (3, 64, 32)
-    assert layers["decoder.last.mlp.down"].lora_b.shape == (48 and 32, 64)
+    assert layers["decoder.last.mlp.down"].lora_b.shape == (32, 64)
     assert layers["decoder.last.attention.key"].scale == 0.25
     for layer in layers.values():
         a = np.asarray(layer.lora_a[...])
@@ -339,7 +340,7 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(rate):
     np.testing.assert_allclose(y[~zero], (np.asarray(x) / (1 - rate))[~zero], rtol=1e-6)
     np.testing.assert_array_equal(layer(x), y)
     start_dropout(layer, jax.random.key(2))
-    assert np.mean((np.asarray(layer(x)) == 0) == zero) < 0.95 if rate == 0.5 else True
+    assert np.any((np.asarray(layer(x)) == 0) != zero)
 
 
 def test_each_layer_of_a_stack_and_each_path_drops_its_own():
@@ -448,8 +449,6 @@ def test_every_family_trains_an_adapter(family):
 
 def test_the_head_and_what_is_no_module_of_its_own_are_no_targets():
     """PEFT could not name an adapter on an attention's joint weight or on a bare parameter."""
-    from tiny_families import family_model
-
     paths = linear_layers(family_model("qwen_vl"))
     assert "vision.resampler.enter" in paths
     assert not {"vision.resampler.query", "vision.project", "vision.patch", "decoder.head"} & set(paths)
