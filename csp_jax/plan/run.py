@@ -54,7 +54,8 @@ class Plan:
 
     @property
     def name(self) -> str:
-        return self.file.stem
+        """Folder and file, for `llava-7b-sft` is more than one thing."""
+        return f"{self.file.resolve().parent.name}/{self.file.stem}"
 
     def rows(self) -> list[dict[str, Any]]:
         return page.rows(self.name, self.target, self.trials)
@@ -149,7 +150,7 @@ def write_config(folder: Path, plan: Plan) -> Path | None:
         f"# An update is made of {candidate.update} rows"
         + ("." if candidate.update == before else f" ({before} there): learning rate and warm-up are to be tuned."),
     ]
-    name = f"{plan.name}-{str(plan.target).replace(':', '-')}.yaml"
+    name = f"{plan.file.stem}-{str(plan.target).replace(':', '-')}.yaml"
     values = {
         "extends": os.path.relpath(plan.file, folder),
         "model": {"remat": candidate.remat},

@@ -69,11 +69,13 @@ class Checkpoints:
             for text in set_aside(self.directory):
                 say(text)
         hosts.wait_for_all("checkpoints")
-        policies: list[Any] = [policy.LatestN(config.keep)]
+        policies: list[Any] = [policy.LatestN(n=config.keep)]
         if config.keep_every:
-            policies.append(policy.EveryNSteps(config.keep_every))
+            policies.append(policy.EveryNSteps(interval_steps=config.keep_every))
         if config.keep_best:
-            policies.append(policy.BestN(lambda metrics: metrics["loss"], reverse=True, n=config.keep_best))
+            policies.append(
+                policy.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=config.keep_best)
+            )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy.AnyPreservationPolicy(policies),
             create=True,

@@ -50,7 +50,7 @@ def test_a_small_step_for_gpus_that_are_not_here(tmp_path):
     assert row["error"] is None
     assert row["fits"]
     held = row["bytes_parameters"] + row["bytes_optimizer"]
-    assert held == pytest.approx(12 * row["parameters"] / 2, rel=0.05)
+    assert held == pytest.approx(12 * row["parameters"] / 2, rel=0.1)  # but for what is small or frozen
     assert held < row["bytes_arguments"] < row["bytes_peak"] <= row["bytes_available"]
     assert row["collectives"]["all-gather"] > 0
     assert 0 < row["estimated_mfu"] < 1

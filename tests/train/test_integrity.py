@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from tiny import tiny_model
 
 from csp_jax.config import OptimizerConfig, ParallelConfig, RunConfig
@@ -114,11 +115,17 @@ def test_onto_another_mesh_and_precision(tmp_path, monkeypatch):
             np.testing.assert_array_equal(leaf, named_leaves(state)[name].astype(leaf.dtype), err_msg=name)
 
 
+def one_leaf(value: float) -> TrainState:
+    """A state of one parameter."""
+    count = jnp.zeros((), jnp.int32)
+    return TrainState(count, nnx.State({"w": nnx.Param(jnp.full(3, value))}), nnx.State({}), (), count)
+
+
 def test_which_checkpoints_are_kept(tmp_path):
     """The newest two, every fourth, the best one by loss."""
     config = RunConfig(keep=2, keep_every=4, keep_best=1)
     checkpoints = Checkpoints(tmp_path / "checkpoints", config, print)
-    state, iterator = {"w": jnp.zeros(3)}, batches()
+    state, iterator = one_leaf(0.0), batches()
     losses = {1: 3.0, 2: 0.5, 3: 2.0, 4: 2.5, 5: 0.9, 6: 1.5, 7: 1.0}
     for step, loss in losses.items():
         checkpoints.save(step, state, iterator, loss)
@@ -132,15 +139,15 @@ def test_a_half_copied_checkpoint_is_passed_over(tmp_path):
     said: list[str] = []
     checkpoints = Checkpoints(tmp_path / "checkpoints", RunConfig(), said.append)
     for step in (3, 6):
-        checkpoints.save(step, {"w": jnp.full(3, float(step))}, batches(), 1.0)
+        checkpoints.save(step, one_leaf(float(step)), batches(), 1.0)
     checkpoints.close()
     assert json.loads((tmp_path / "checkpoints" / "6" / SEAL).read_text())
     shutil.rmtree(tmp_path / "checkpoints" / "6" / "state" / "d")
     again = Checkpoints(tmp_path / "checkpoints", RunConfig(), said.append)
-    found, step = again.restore({"w": jnp.zeros(3)}, batches())
+    found, step = again.restore(one_leaf(0.0), batches())
     again.close()
     assert step == 3
-    np.testing.assert_array_equal(found["w"], np.full(3, 3.0))
+    np.testing.assert_array_equal(jax.tree.leaves(found.trainable)[0], np.full(3, 3.0))
     assert len(said) == 1
     assert "checkpoint 6 is not picked up: state/d/" in said[0]
 

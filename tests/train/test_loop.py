@@ -167,6 +167,25 @@ def test_killed_and_run_again_is_uninterrupted(ground, uninterrupted):
     assert_same_run(out, uninterrupted)
 
 
+@pytest.mark.heavy
+def test_killed_ten_times_is_uninterrupted(ground, uninterrupted):
+    """SIGKILL at ten random moments, wherever they fall: starting, stepping, writing a checkpoint, exporting."""
+    out, chance = ground / "ten", random.Random()
+    seconds = 0.0
+    for number in range(10):
+        child = Child(ground, out)
+        if number == 0:
+            start = time.monotonic()
+            child.wait_for_step(1)
+            seconds = time.monotonic() - start  # about what it takes to begin
+        delay = chance.uniform(0.0, 1.0 if number == 0 else 1.5 * seconds)
+        time.sleep(delay)
+        child.process.kill()
+        print(f"killed {delay:.3f} s after the start, {len(rows(out))} steps done: status {child.wait()}")
+    Child(ground, out).finish()
+    assert_same_run(out, uninterrupted)
+
+
 @pytest.fixture(scope="module")
 def stopped(ground: Path) -> Child:
     """A run that was told to stop between two checkpoints."""

@@ -1,0 +1,47 @@
+"""The committed plans: the documentation shows them, they fit, and they are plans of the shipped configurations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from csp_jax.config import TrainConfig, load_config
+from csp_jax.plan.page import markdown
+from csp_jax.plan.targets import parse_target
+
+ROOT = Path(__file__).parents[2]
+ROWS = json.loads((ROOT / "docs" / "plans.json").read_text())
+CONFIGS = ROOT / "configs"
+
+
+def test_the_documentation_shows_them():
+    assert markdown(ROWS) in (ROOT / "docs" / "plan.md").read_text()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['config']}-{row['target']}-{row['batch']['rows']}")
+def test_a_plan_is_of_a_shipped_configuration(row):
+    config = load_config(TrainConfig, CONFIGS / f"{row['config']}.yaml")
+    target = parse_target(row["target"])
+    assert row["devices"] == target.devices
+    assert row["bytes_available"] == target.card.available
+    sizes = row["mesh"]
+    assert sizes["data"] * sizes["fsdp"] * sizes["tensor"] == target.devices
+    assert row["batch"]["rows"] % (sizes["data"] * sizes["fsdp"]) == 0
+    assert row["fits"] == (row["error"] is None and row["bytes_peak"] <= row["bytes_available"])
+    if config.model.lora is None and row["error"] is None:  # two float32 moments of nearly all parameters
+        assert row["bytes_optimizer"] < 8 * row["parameters"] / (sizes["fsdp"] * sizes["tensor"]) * 1.1
+
+
+def test_every_paper_configuration_has_a_plan_that_fits_on_eight_a100s():
+    planned = {row["config"] for row in ROWS if row["target"] == "a100-80g:1x8" and row["recommended"] and row["fits"]}
+    full = {f"csp/{file.stem}" for file in (CONFIGS / "csp").glob("*.yaml") if "lora" not in file.stem}
+    assert full <= planned
+
+
+def test_llava_on_sixty_four_is_at_least_half_of_the_peak():
+    (row,) = [
+        r for r in ROWS if r["config"] == "csp/llava-7b-sft" and r["target"] == "a100-80g:8x8" and r["recommended"]
+    ]
+    assert row["estimated_mfu"] >= 0.5
