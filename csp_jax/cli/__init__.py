@@ -11,7 +11,8 @@ from rich.console import Console
 from csp_jax.cli.app import app
 from csp_jax.errors import Interrupted, UserError
 
-# isort: off (the order of the help)
+# The order of the help:
+# isort: off
 from csp_jax.cli import runs, questions, checkpoints, results
 # isort: on
 
