@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from csp_jax.config import ParallelConfig
 from csp_jax.errors import UserError
@@ -143,12 +144,37 @@ def put_batch(batch: Any, mesh: Mesh, leading: int = 1) -> Any:
 
 
 def compile_step(step: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh, state_sharding: Any) -> jax.stages.Wrapped:
-    """Jit a training step over the mesh; the state is donated."""
+    """Jit a training step over the mesh; the state is donated. What the compiler cannot split asks `split_kernel`."""
+
+    def on_mesh(state: Any, batch: Any) -> tuple[Any, Any]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(state, batch)
+
     return jax.jit(
-        step,
+        on_mesh,
         in_shardings=(state_sharding, batch_sharding(mesh)),
         out_shardings=(state_sharding, NamedSharding(mesh, P())),
         donate_argnums=0,
+    )
+
+
+def split_kernel(kernel: Callable[..., tuple[Array, Array]], kv_heads: int) -> Callable[..., tuple[Array, Array]]:
+    """An attention kernel (q, k, v, first, last -> out, lse) that runs on each device for its rows and heads.
+
+    As it is where no mesh is set, or where each device runs a program of its own already.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return kernel
+    rows = AXIS_RULES["rows"]
+    heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
+    tokens, numbers = P(rows, None, heads, None), P(rows, None)
+    return jax.shard_map(
+        kernel,
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, numbers, numbers),
+        out_specs=(tokens, P(rows, None, heads)),
+        check_vma=False,
     )
 
 

@@ -7,12 +7,15 @@ and to its own ancestors. Softmax runs once over both kinds of keys, so nothing 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from csp_jax.models.interval_attention import NOTHING, Outputs, interval_attention, merge
+from csp_jax.sharding import split_kernel
 
 NEGATIVE = -1e30
 
@@ -180,8 +183,8 @@ def _attend_intervals(
 ) -> Array:
     """The prompt's keys by the kernel, a branch's own (few) densely, merged; queries without own keys come first."""
     size, groups = layout.prompt_mask.shape[-1], layout.groups
-    interpret = layout.backend == "pallas_interpret"
-    out, lse = interval_attention(q, k[:, :size], v[:, :size], *interval, interpret=interpret)
+    kernel = functools.partial(interval_attention, interpret=layout.backend == "pallas_interpret")
+    out, lse = split_kernel(kernel, k.shape[2])(q, k[:, :size], v[:, :size], *interval)
     own = own_mask.shape[1] * own_mask.shape[2]
     if not own or not own_mask.shape[3]:
         return out

@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from csp_jax.config import ParallelConfig
 from csp_jax.models.interval_attention import NOTHING, interval_attention, merge
+from csp_jax.sharding import make_mesh, split_kernel
 
 pytestmark = pytest.mark.usefixtures("exact")
 
@@ -125,3 +129,31 @@ def test_half_precision_keeps_float32_sums():
     assert lse.dtype == jnp.float32
     np.testing.assert_allclose(np.asarray(out, np.float32), wanted["out"], atol=2e-2)
     np.testing.assert_allclose(np.where(lse > NOTHING / 2, lse, 0), wanted["lse"], atol=1e-5)
+
+
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(2, 2, 2), (1, 8, 1), (4, 1, 2)])
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_devices_attend_for_their_rows_and_heads(data, fsdp, tensor, kv_heads):
+    """Over a mesh as without one; nothing of the keys or of the queries is sent."""
+    given = inputs((8, 16, 32, 4, kv_heads, 16))
+    mesh = make_mesh(ParallelConfig(data=data, fsdp=fsdp, tensor=tensor))
+
+    def loss(q, k, v):
+        out, lse = split_kernel(kernel, kv_heads)(q, k, v, given["first"], given["last"])
+        return (out * given["of_out"]).sum() + (jnp.where(lse > NOTHING / 2, lse, 0.0) * given["of_lse"]).sum()
+
+    def on_mesh(q, k, v):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    arrays = tuple(given[name] for name in "qkv")
+    heads = [None if name != "q" and kv_heads < tensor else "tensor" for name in "qkv"]
+    places = tuple(NamedSharding(mesh, P(("data", "fsdp"), None, axis)) for axis in heads)
+    compiled = jax.jit(on_mesh, in_shardings=places, out_shardings=(None, places)).lower(*arrays).compile()
+    wanted = jax.value_and_grad(loss, argnums=(0, 1, 2))(*arrays)
+    found = compiled(*(jax.device_put(array, place) for array, place in zip(arrays, places, strict=True)))
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+    for one, other in zip(found[1], wanted[1], strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    if kv_heads >= tensor:
+        assert not any(sent in compiled.as_text() for sent in ("all-gather(", "all-to-all(", "collective-permute("))
