@@ -18,6 +18,7 @@ from csp_jax.calibration.binning import bin_count
 from csp_jax.calibration.bootstrap import Interval, bootstrap, over_seeds
 from csp_jax.calibration.presets import Sweep, SweepScores, conventions, csp_scores, get_preset, make_sweep
 from csp_jax.evaluate import SUBSETS, Answers
+from csp_jax.report.inputs import UNIT_METRICS
 
 READINGS = {
     "expected": "mean of the exact distribution over the answers 0%..100% (greedy text beside it as greedy_ metrics)",
@@ -111,8 +112,8 @@ def result_rows(
                 **common,
                 "metric": name,
                 "value": _finite(i.value),
-                "low": _finite(i.low),
-                "high": _finite(i.high),
+                "low": _inside(name, i.low),
+                "high": _inside(name, i.high),
                 "n": n,
             }
             for name, i in found.items()
@@ -120,6 +121,11 @@ def result_rows(
         if split != "mean":
             rows += [{**common, "n": n, **row} for row in _references(runs, reading, column)]
     return rows
+
+
+def _inside(metric: str, edge: float) -> float | None:
+    """An interval's edge within the metric's range, past which widening for few seeds may carry it."""
+    return _finite(float(np.clip(edge, 0.0, 1.0)) if metric in UNIT_METRICS else edge)
 
 
 def _finite(value: float) -> float | None:
