@@ -15,7 +15,7 @@ from csp_jax.config import TrainConfig, load_config
 from csp_jax.errors import UserError
 
 # What a run may go on with: none of it changes what is computed but for rounding.
-MAY_CHANGE = ("run.", "parallel.", "model.dtype", "model.param_dtype", "model.remat")
+MAY_CHANGE = ("run.", "parallel.", "model.dtype", "model.param_dtype", "model.remat", "model.attention")
 PACKAGES = ("csp_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -47,15 +47,15 @@ def prepare_folder(config: TrainConfig) -> None:
     temporary = file.with_suffix(".partial")
     temporary.write_text(yaml.safe_dump(values, sort_keys=False))
     temporary.rename(file)
-    (out / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
 
 
-def versions() -> dict[str, Any]:
-    """Packages, devices and processes that the run goes on with."""
+def note_versions(out: Path) -> None:
+    """versions.json: packages, devices and processes that the run goes on with."""
     devices = jax.devices()
-    return {
+    versions = {
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "devices": len(devices),
         "device_kind": devices[0].device_kind,
         "processes": jax.process_count(),
     }
+    (out / "versions.json").write_text(json.dumps(versions, indent=1) + "\n")

@@ -53,7 +53,7 @@ from csp_jax.sharding import (
 from csp_jax.text import Prompts
 from csp_jax.train import hosts
 from csp_jax.train.checkpoint import Checkpoints, export_adapter, export_model
-from csp_jax.train.folder import prepare_folder
+from csp_jax.train.folder import note_versions, prepare_folder
 from csp_jax.train.state import TrainState, decay_mask, new_state, split_model
 from csp_jax.train.step import Step, make_step
 from csp_jax.train.telemetry import Telemetry
@@ -296,6 +296,8 @@ def train(config: TrainConfig, *, title: str = "train") -> Path:
     hosts.wait_for_all("folder")
     if final.exists():
         return final
+    if hosts.is_first():
+        note_versions(final.parent)
     with Watch(config.run.hang_seconds, say, hosts.leave if config.run.hang_exit else None) as watch:
         try:
             train_in(config, final, watch, title)
