@@ -22,7 +22,7 @@ from csp_jax.data.buckets import bucket
 from csp_jax.errors import UserError
 from csp_jax.families.interface import HostFamily
 from csp_jax.losses.logprobs import head_logits
-from csp_jax.models.attention import prompt_visible, tree_layout
+from csp_jax.models.attention import interval_mask, prompt_interval, tree_layout
 from csp_jax.models.decoder import KeysValues, Tables
 from csp_jax.models.interface import Start, VisionLanguageModel
 from csp_jax.perturb import to_canvas
@@ -239,7 +239,8 @@ class _Reader:
             length = start.length
         tables = model.rope((start.following + place)[:, None], length[:, None] if model.length_dependent else None)
         token = jax.lax.dynamic_index_in_dim(said.samples.tokens, place, axis=2, keepdims=False)
-        visible = prompt_visible(self.batch.prompt_segment, start.last[:, None])[:, 0]
+        segment = self.batch.prompt_segment
+        visible = interval_mask(*prompt_interval(segment, start.last[:, None]), segment.shape[1])[:, 0]
         hidden, own = model.decoder.extend(self._embed(token), tables, *memory, visible, place)
         return hidden, memory[0], own
 

@@ -29,24 +29,14 @@ class Layout:
     interval of prompt tokens that each token sees, those of the prompt before those of the branches; empty for padding.
     """
 
-    prompt_mask: Bool[Array, "batch prompt prompt"]
     root: Int[Array, "batch branch"]
     depth: Int[Array, "batch branch"]
-    branch_prompt_mask: Bool[Array, "batch groups length prompt"]
     ancestors: Bool[Array, "batch groups length length"]
     first: Int[Array, "batch tokens"]
     last: Int[Array, "batch tokens"]
+    size: int = struct.field(pytree_node=False)  # of the prompt
     groups: int = struct.field(pytree_node=False)
     backend: str = struct.field(pytree_node=False, default="xla")
-
-
-def prompt_visible(
-    segment: Int[Array, "batch prompt"], root: Int[Array, "batch queries"]
-) -> Bool[Array, "batch queries prompt"]:
-    """The prompt keys that a query hanging from prompt index `root` sees: same segment, not later."""
-    own = jnp.take_along_axis(segment, root, axis=1)
-    index = jnp.arange(segment.shape[1])
-    return (segment[:, None, :] == own[:, :, None]) & (index <= root[:, :, None]) & (own[:, :, None] > 0)
 
 
 def segment_starts(segment: Int[Array, "batch prompt"]) -> Int[Array, "batch prompt"]:
@@ -56,10 +46,26 @@ def segment_starts(segment: Int[Array, "batch prompt"]) -> Int[Array, "batch pro
     return jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
+def prompt_interval(
+    segment: Int[Array, "batch prompt"], root: Int[Array, "batch queries"]
+) -> tuple[Int[Array, "batch queries"], Int[Array, "batch queries"]]:
+    """First and last prompt key that a query hanging from prompt index `root` sees: its segment's, not later."""
+    start = jnp.where(segment > 0, segment_starts(segment), segment.shape[1])
+    return jnp.take_along_axis(start, root, axis=1), root
+
+
+def interval_mask(
+    first: Int[Array, "... queries"], last: Int[Array, "... queries"], size: int
+) -> Bool[Array, "... queries prompt"]:
+    """Intervals of `size` keys as a mask."""
+    index = jnp.arange(size)
+    return (first[..., None] <= index) & (index <= last[..., None])
+
+
 def tree_layout(
     segment: Int[Array, "batch prompt"], parent: Int[Array, "batch branch"], groups: int, backend: str = "xla"
 ) -> Layout:
-    """Masks, roots and depths from the parent pointers, by pointer doubling in log2(length) rounds."""
+    """Roots, depths, ancestors and intervals from the parent pointers, by pointer doubling in log2(length) rounds."""
     batch, prompt = segment.shape
     length = parent.shape[1] // groups if groups else 0
     pointer = parent.reshape(batch, groups, length)
@@ -78,19 +84,8 @@ def tree_layout(
     root = root.reshape(batch, groups * length)
     depth = jnp.sum(ancestors, axis=-1, dtype=jnp.int32).reshape(batch, groups * length)
     everywhere = jnp.broadcast_to(jnp.arange(prompt), (batch, prompt))
-    own = jnp.concatenate([everywhere, root], axis=1)
-    start = jnp.where(segment > 0, segment_starts(segment), prompt)
-    return Layout(
-        prompt_mask=prompt_visible(segment, everywhere),
-        root=root,
-        depth=depth,
-        branch_prompt_mask=prompt_visible(segment, root).reshape(batch, groups, length, prompt),
-        ancestors=ancestors,
-        first=jnp.take_along_axis(start, own, axis=1),
-        last=own,
-        groups=groups,
-        backend=backend,
-    )
+    first, last = prompt_interval(segment, jnp.concatenate([everywhere, root], axis=1))
+    return Layout(root, depth, ancestors, first, last, size=prompt, groups=groups, backend=backend)
 
 
 def _grouped(q: Float[Array, "... tokens heads dim"], kv_heads: int) -> Float[Array, "... tokens kv rep dim"]:
@@ -149,16 +144,15 @@ def attend_all(
     layout: Layout,
 ) -> Float[Array, "batch tokens heads dim"]:
     """Attention of all prompt tokens and, behind them, all branch tokens of a batch."""
-    size = layout.prompt_mask.shape[-1]
+    size = layout.size
     if layout.backend != "xla":
         return _attend_intervals(q, k, v, layout, (layout.first, layout.last), layout.ancestors)
-    out = attend(q[:, :size], k[:, :size], v[:, :size], layout.prompt_mask)
+    mask = interval_mask(layout.first, layout.last, size)
+    out = attend(q[:, :size], k[:, :size], v[:, :size], mask[:, :size])
     if q.shape[1] == size:
         return out
-    prompt, branch = _split_keys(k, v, layout)
-    tree = attend_tree(
-        split_groups(q[:, size:], layout.groups), prompt, branch, layout.branch_prompt_mask, layout.ancestors
-    )
+    branch_q, branch_mask = (split_groups(x[:, size:], layout.groups) for x in (q, mask))
+    tree = attend_tree(branch_q, *_split_keys(k, v, layout), branch_mask, layout.ancestors)
     return jnp.concatenate([out, tree.reshape(q[:, size:].shape)], axis=1)
 
 
@@ -170,19 +164,19 @@ def attend_targets(
     target_parent: Int[Array, "batch targets"],
 ) -> Float[Array, "batch targets heads dim"]:
     """Attention of the tokens at `target_parent` alone; targets come group by group, as many in each."""
-    prompt_mask, branch_mask = (split_groups(mask, layout.groups) for mask in target_masks(layout, target_parent))
+    first, last = (jnp.take_along_axis(edge, target_parent, axis=1) for edge in (layout.first, layout.last))
+    ancestors = target_ancestors(layout, target_parent)
     if layout.backend != "xla":
-        first, last = (jnp.take_along_axis(edge, target_parent, axis=1) for edge in (layout.first, layout.last))
-        return _attend_intervals(q, k, v, layout, (first, last), branch_mask)
-    out = attend_tree(split_groups(q, layout.groups), *_split_keys(k, v, layout), prompt_mask, branch_mask)
-    return out.reshape(q.shape)
+        return _attend_intervals(q, k, v, layout, (first, last), ancestors)
+    grouped, mask = (split_groups(x, layout.groups) for x in (q, interval_mask(first, last, layout.size)))
+    return attend_tree(grouped, *_split_keys(k, v, layout), mask, ancestors).reshape(q.shape)
 
 
 def _attend_intervals(
     q: Array, k: Array, v: Array, layout: Layout, interval: tuple[Array, Array], own_mask: Array
 ) -> Array:
     """The prompt's keys by the kernel, a branch's own (few) densely, merged; queries without own keys come first."""
-    size, groups = layout.prompt_mask.shape[-1], layout.groups
+    size, groups = layout.size, layout.groups
     kernel = functools.partial(interval_attention, interpret=layout.backend == "pallas_interpret")
     out, lse = split_kernel(kernel, k.shape[2])(q, k[:, :size], v[:, :size], *interval)
     own = own_mask.shape[1] * own_mask.shape[2]
@@ -224,31 +218,24 @@ def split_groups(x: Array, groups: int) -> Array:
 
 def _split_keys(k: Array, v: Array, layout: Layout) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """Keys and values of the prompt, and of each group of branch tokens."""
-    size, groups = layout.prompt_mask.shape[-1], layout.groups
+    size, groups = layout.size, layout.groups
     return (k[:, :size], v[:, :size]), (split_groups(k[:, size:], groups), split_groups(v[:, size:], groups))
 
 
-def target_masks(layout: Layout, target_parent: Int[Array, "batch targets"]) -> tuple[Array, Array]:
-    """What the query at each target's parent sees: prompt keys and the keys of the target's own group.
+def target_ancestors(
+    layout: Layout, target_parent: Int[Array, "batch targets"]
+) -> Bool[Array, "batch groups per_group length"]:
+    """The tokens of a target's own group that the query at its parent sees; none where the parent is in the prompt.
 
-    Targets come group by group, as many in each; a parent in the prompt sees no branch token.
+    Targets come group by group, as many in each.
     """
-    batch, groups, length, size = layout.branch_prompt_mask.shape
+    batch, groups, length, _ = layout.ancestors.shape
     per_group = target_parent.shape[1] // groups
-    first = size + length * (jnp.arange(target_parent.shape[1]) // per_group)
-    local = target_parent - first[None]
-    in_prompt = local < 0
-    local = jnp.clip(local, 0, max(length - 1, 0)).reshape(batch, groups, per_group, 1)
-    seen_prompt = jnp.take_along_axis(layout.prompt_mask, jnp.minimum(target_parent, size - 1)[..., None], axis=1)
     if length == 0:
-        return seen_prompt, jnp.zeros((batch, target_parent.shape[1], 0), bool)
-    flat = (batch, groups * per_group)
-    from_branch = jnp.take_along_axis(layout.branch_prompt_mask, local, axis=2).reshape(*flat, size)
-    own = jnp.take_along_axis(layout.ancestors, local, axis=2).reshape(*flat, length)
-    return (
-        jnp.where(in_prompt[..., None], seen_prompt, from_branch),
-        own & ~in_prompt[..., None],
-    )
+        return jnp.zeros((batch, groups, per_group, 0), bool)
+    local = split_groups(target_parent, groups) - (layout.size + length * jnp.arange(groups)[:, None])
+    own = jnp.take_along_axis(layout.ancestors, jnp.clip(local, 0, length - 1)[..., None], axis=2)
+    return own & (local >= 0)[..., None]
 
 
 def rope_frequencies(head_dim: int, theta: float | Float[Array, "..."]) -> Float[Array, "... half"]:
