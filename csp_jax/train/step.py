@@ -32,6 +32,27 @@ def batch_pixels(model: VisionLanguageModel, batch: Batch, key: Array, schedule:
     return model.pixels(batch, canvas)
 
 
+def update(
+    state: TrainState, optimizer: optax.GradientTransformation, gradients: nnx.State, total: Array
+) -> tuple[TrainState, Array]:
+    """The state behind an update and the gradient's norm; an update that is not finite changes no parameter."""
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+    norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(total) & jnp.isfinite(norm)
+
+    def kept(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+    new_state = TrainState(
+        state.step + 1,
+        kept(optax.apply_updates(state.trainable, updates), state.trainable),
+        state.frozen,
+        kept(optimizer_state, state.optimizer),
+        state.skipped + jnp.where(finite, 0, 1),
+    )
+    return new_state, norm
+
+
 def make_step(
     graphdef: nnx.GraphDef,
     loss: Loss,
@@ -94,20 +115,7 @@ def make_step(
         start = (zero, jnp.zeros(()), {name: jnp.zeros(()) for name in coefficients})
         numbers = jnp.arange(window.tokens.shape[0])
         gradients, total, sums = whole(jax.lax.scan(accumulate, start, (numbers, window))[0])
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-        norm = optax.global_norm(gradients)
-        finite = jnp.isfinite(total) & jnp.isfinite(norm)
-
-        def kept(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-
-        new_state = TrainState(
-            state.step + 1,
-            kept(optax.apply_updates(state.trainable, updates), state.trainable),
-            state.frozen,
-            kept(optimizer_state, state.optimizer),
-            state.skipped + jnp.where(finite, 0, 1),
-        )
+        new_state, norm = update(state, optimizer, gradients, total)
         metrics = {
             "loss": total,
             "grad_norm": norm,
