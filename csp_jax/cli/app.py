@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from csp_jax.errors import UserError
 
 app = typer.Typer(
     name="csp",
@@ -22,6 +25,12 @@ PromptsFile = Annotated[str, typer.Option("--prompts", help="a YAML file of prom
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings such as optimizer.learning_rate=1e-5")]
 AdapterFolder = Annotated[Path | None, typer.Option("--adapter", help="an adapter (PEFT) to put on the model")]
 AsJson = Annotated[bool, typer.Option("--json", help="print a JSON array with one object a row")]
+
+
+def check_choice(option: str, what: str, value: str, choices: Iterable[str]) -> None:
+    """UserError unless an option's value is one of its choices."""
+    if value not in choices:
+        raise UserError(f"no such {what}", field=option, value=value, mend=f"Use {' or '.join(choices)}")
 
 
 def configure_jax() -> None:

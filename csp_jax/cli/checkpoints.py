@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from csp_jax.cli.app import AdapterFolder, AsJson, app, configure_jax, print_rows
+from csp_jax.cli.app import AdapterFolder, AsJson, app, check_choice, configure_jax, print_rows
 from csp_jax.errors import UserError
 
 PRECISIONS = ("stored", "float32", "float16", "bfloat16")
@@ -16,8 +16,7 @@ PRECISIONS = ("stored", "float32", "float16", "bfloat16")
 def _precision(name: str) -> Any:
     import jax.numpy as jnp
 
-    if name not in PRECISIONS:
-        raise UserError("no such precision", field="--dtype", value=name, mend=f"Use {', '.join(PRECISIONS)}")
+    check_choice("--dtype", "precision", name, PRECISIONS)
     return None if name == "stored" else jnp.dtype(name)
 
 

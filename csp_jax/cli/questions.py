@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from csp_jax.cli.app import AdapterFolder, AsJson, PromptsFile, app, configure_jax, print_rows
-from csp_jax.errors import UserError
+from csp_jax.cli.app import AdapterFolder, AsJson, PromptsFile, app, check_choice, configure_jax, print_rows
 
 
 @app.command("eval")
@@ -39,8 +38,7 @@ def evaluate_command(
     from csp_jax.sharding import make_mesh
     from csp_jax.train.loop import checkpoint_folder, read_prompts
 
-    if reading not in READINGS:
-        raise UserError("no such reading", field="--reading", value=reading, mend=f"Use {' or '.join(READINGS)}")
+    check_choice("--reading", "reading", reading, READINGS)
     configure_jax()
     folder, source = checkpoint_folder(model), ShardSource(shards, split)
     answers = evaluate(
@@ -112,8 +110,7 @@ def sample(
     from csp_jax.sample import Answerer, Setting, questions, sample_file
     from csp_jax.train.loop import checkpoint_folder, read_prompts
 
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError("no such precision", field="--dtype", value=dtype, mend="Use float32 or bfloat16")
+    check_choice("--dtype", "precision", dtype, ("float32", "bfloat16"))
     configure_jax()
     asked = list(islice(questions(source, split), limit or None))
     wanted = read_prompts(prompts).answer
