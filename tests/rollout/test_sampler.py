@@ -159,9 +159,12 @@ def test_nothing_is_fetched_while_it_runs(model, asked):
     graphdef, state = nnx.split(model)
     sampler = make_sampler(graphdef, DRAWN)
     batch, seeds = jax.tree.map(jnp.asarray, (in_a_batch("llava", asked), SEEDS))
-    sampler(state, batch, seeds)  # compiled
+    before = sampler(state, batch, seeds)  # compiled
     with jax.transfer_guard("disallow"):
-        sampler(state, batch, seeds)
+        again = sampler(state, batch, seeds)
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):  # the guard does look
+            sampler(state, batch, SEEDS)
+    np.testing.assert_array_equal(again.tokens, before.tokens)
 
 
 def test_half_precision(model, asked):
