@@ -6,8 +6,9 @@ base's parameters stay what they were, so that checkpoints, freezing and shardin
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -81,11 +82,14 @@ def put_adapter(
     model: VisionLanguageModel, path: str, a: Array, b: Array, *, scale: float, dropout: float = 0.0
 ) -> None:
     """Wrap the linear layer at a path."""
+    _replace(model, path, lambda base: LoraLinear(base, a, b, scale=scale, dropout=dropout))
+
+
+def _replace(model: nnx.Module, path: str, made_of: Callable[[Any], Linear]) -> None:
+    """Put in place of the layer at a path what is made of it."""
     *parents, name = path.split(".")
-    parent: Any = model
-    for part in parents:
-        parent = getattr(parent, part)
-    setattr(parent, name, LoraLinear(getattr(parent, name), a, b, scale=scale, dropout=dropout))
+    parent: Any = functools.reduce(getattr, parents, model)
+    setattr(parent, name, made_of(getattr(parent, name)))
 
 
 def add_adapter(
@@ -146,18 +150,18 @@ def adapter_off(model: Model) -> Model:
 def merge_adapter(model: Model) -> Model:
     """The model with its adapter added into the kernels (in float32, kept in their precision), for export."""
     merged = _again(model)
-    for path, module in list(adapted(merged)):
-        delta = jnp.matmul(
-            module.lora_a[...].astype(jnp.float32), module.lora_b[...].astype(jnp.float32), precision="highest"
-        )
-        before = module.kernel[...]
-        sum_of_both = (before.astype(jnp.float32) + module.scale * delta).astype(before.dtype)
-        plain = Linear(1, 1, bias=module.bias is not None, rngs=nnx.Rngs(0))
-        kernel: Any = module.kernel.replace(sum_of_both)
-        plain.kernel, plain.bias = kernel, module.bias
-        *parents, name = path.split(".")
-        parent: Any = merged
-        for part in parents:
-            parent = getattr(parent, part)
-        setattr(parent, name, plain)
+    for path, _ in list(adapted(merged)):
+        _replace(merged, path, _merged)
     return merged
+
+
+def _merged(module: LoraLinear) -> Linear:
+    delta = jnp.matmul(
+        module.lora_a[...].astype(jnp.float32), module.lora_b[...].astype(jnp.float32), precision="highest"
+    )
+    before = module.kernel[...]
+    sum_of_both = (before.astype(jnp.float32) + module.scale * delta).astype(before.dtype)
+    plain = Linear(1, 1, bias=module.bias is not None, rngs=nnx.Rngs(0))
+    kernel: Any = module.kernel.replace(sum_of_both)
+    plain.kernel, plain.bias = kernel, module.bias
+    return plain
