@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ from csp_jax.train.state import TrainState, decay_mask, new_state, split_model
 from csp_jax.train.step import Step, make_step
 from csp_jax.train.telemetry import Telemetry
 from csp_jax.train.watch import Watch
-from csp_jax.train.window import Collate, Window
+from csp_jax.train.window import Collate, Window, Windows
 
 REMAT: dict[str, Callable | None] = {
     "none": None,
@@ -264,14 +264,6 @@ class Run:
     def model(self) -> VisionLanguageModel:
         """The model as it stands."""
         return nnx.merge(self.graphdef, self.state.trainable, self.state.frozen)
-
-
-class Windows(Iterator[Window], Protocol):
-    """Windows and where among them a run is, as JSON; what `get_state` gives may be set before the first one."""
-
-    def get_state(self) -> Any: ...
-
-    def set_state(self, state: Any) -> None: ...
 
 
 Batches = Callable[[Run], Windows]

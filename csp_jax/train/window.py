@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,6 +27,14 @@ class Window:
         """Tokens that are not padding: prompt, fed and scored."""
         batch = self.batch
         return int((batch.prompt_segment > 0).sum() + (batch.tokens > 0).sum())
+
+
+class Windows(Iterator[Window], Protocol):
+    """Windows and where among them a run is, as JSON; what `get_state` gives may be set before the first one."""
+
+    def get_state(self) -> Any: ...
+
+    def set_state(self, state: Any) -> None: ...
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:
