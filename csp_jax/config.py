@@ -68,7 +68,7 @@ class ShapeConfig(Section):
 class RecipeConfig(Section):
     """What a record becomes; see `data.recipes`."""
 
-    name: Literal["answers", "paper", "evidence", "materialized", "original"] = "evidence"
+    name: Literal["answers", "paper", "evidence", "materialized", "original", "questions"] = "evidence"
     items: AtLeastOne = 4  # items asked about a picture
     free_form: bool = False  # `paper` and `evidence`: also answers without candidates, such as those of RLAIF-V
     categories: tuple[str, ...] = ()  # ordinary questions of these categories only; empty: all
@@ -85,6 +85,7 @@ class RecipeConfig(Section):
     verify_items: Count = 0  # yes/no questions whether a random candidate is right (`answers`)
     confidence_items: Count = 0
     confidence_levels: dict[int, Positive] = {}
+    ask: Literal["answer", "confidence"] = "answer"  # what a question without an answer asks for (`questions`)
     shape: ShapeConfig = ShapeConfig()
 
     @pydantic.field_validator("confidence_levels")
@@ -115,15 +116,42 @@ class NoiseConfig(Section):
 
 
 class LossConfig(Section):
-    """See `losses.sft` and `losses.simpo`."""
+    """See `losses.sft`, `losses.simpo` and `losses.grpo`."""
 
-    name: Literal["sft", "simpo", "grounding"] = "sft"
+    name: Literal["sft", "simpo", "grpo", "grounding"] = "sft"
     beta: Positive = 2.0
     simpo_gamma: Annotated[float, pydantic.Field(ge=0)] = 1.0
     nll_weight: Annotated[float, pydantic.Field(ge=0)] = 0.0
     label_smoothing: Annotated[float, pydantic.Field(ge=0, lt=0.5)] = 0.0
     retention: Annotated[float, pydantic.Field(ge=0)] = 1.0
     grounding: Annotated[float, pydantic.Field(ge=0)] = 0.0  # weight of naming picture slots
+    # of grpo
+    variant: Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
+    clip_low: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
+    clip_high: Positive = 0.28
+    kl_beta: Annotated[float, pydantic.Field(ge=0)] = 0.04  # 0: no reference policy is computed
+    kl: Literal["k3", "k1"] = "k3"
+    advantages: Literal["group", "batch", "none"] = "group"  # what standard deviation they are divided by
+
+
+class RolloutConfig(Section):
+    """What a policy samples for an update; see `policy` and `rollout.Sampling`."""
+
+    samples: Annotated[int, pydantic.Field(ge=2)] = 8  # of a prompt
+    max_tokens: AtLeastOne = 64
+    temperature: Positive = 1.0
+    top_p: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
+    top_k: Count = 0  # 0: all tokens
+    rounds: AtLeastOne = 4  # of sampling at most, until every row has a group whose rewards differ
+    updates: AtLeastOne = 1  # on what was sampled
+    rewards: dict[Literal["exact", "brier"], Positive] = {"exact": 1.0}  # and their weights
+
+    @pydantic.field_validator("rewards")
+    @classmethod
+    def _some(cls, rewards: dict[str, float]) -> dict[str, float]:
+        if not rewards:
+            raise ValueError("name one reward at least")
+        return rewards
 
 
 class OptimizerConfig(Section):
@@ -184,10 +212,30 @@ class TrainConfig(Section):
     data: DataConfig = DataConfig()
     noise: NoiseConfig = NoiseConfig()
     loss: LossConfig = LossConfig()
+    rollout: RolloutConfig = RolloutConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
     run: RunConfig = RunConfig()
     parallel: ParallelConfig = ParallelConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _questions_and_policies_go_together(self) -> TrainConfig:
+        policy, questions = self.loss.name == "grpo", self.data.recipe.name == "questions"
+        field, value = "data.recipe.name", self.data.recipe.name
+        if policy and not questions:
+            mend = "Use recipe questions, or another loss"
+            raise UserError("grpo samples the answers itself", field=field, value=value, mend=mend)
+        if questions and not policy:
+            raise UserError("questions have no answers to train on", field=field, value=value, mend="Use loss grpo")
+        if policy and self.loss.grounding:
+            mend = "Leave it 0"
+            raise UserError("grpo names no slots", field="loss.grounding", value=self.loss.grounding, mend=mend)
+        for reward, asks in {"brier": "confidence", "exact": "answer"}.items():
+            if policy and reward in self.rollout.rewards and self.data.recipe.ask != asks:
+                mend = f"Set data.recipe.ask to {asks}, or choose another reward"
+                problem = f"the reward {reward} judges an answer to another question"
+                raise UserError(problem, field="data.recipe.ask", value=self.data.recipe.ask, mend=mend)
+        return self
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -275,6 +323,8 @@ def load_config(
     values = apply_overrides(read_config(file) if file else {}, overrides or [])
     try:
         return kind.model_validate(values)
+    except UserError as error:  # of fields that do not go together
+        raise UserError(error.problem, file=file, field=error.field, value=error.value, mend=error.mend) from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise UserError(

@@ -76,6 +76,35 @@ def test_mistakes_are_named(file, override, field, value):
     assert str(caught.value).startswith(f"{file}: {field} = ")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "field", "problem"),
+    [
+        (["data.recipe.name=evidence"], "data.recipe.name", "samples the answers itself"),
+        (["loss.name=sft"], "data.recipe.name", "no answers to train on"),
+        (["loss.grounding=0.3"], "loss.grounding", "names no slots"),
+        (["rollout.rewards={brier: 1.0}"], "data.recipe.ask", "another question"),
+        (["data.recipe.ask=confidence"], "data.recipe.ask", "another question"),
+        (["rollout.rewards={}"], "rollout.rewards", "one reward at least"),
+        (["rollout.rewards={exact: 0}"], "rollout.rewards.exact", "greater than 0"),
+        (["rollout.rewards={exactly: 1}"], "rollout.rewards.exactly.[key]", "'exact' or 'brier'"),
+        (["rollout.samples=1"], "rollout.samples", "greater than or equal to 2"),
+        (["rollout.temperature=0"], "rollout.temperature", "greater than 0"),
+        (["rollout.top_p=1.5"], "rollout.top_p", "less than or equal to 1"),
+        (["rollout.rounds=0"], "rollout.rounds", "greater than or equal to 1"),
+        (["loss.clip_low=1"], "loss.clip_low", "less than 1"),
+        (["loss.kl_beta=-1"], "loss.kl_beta", "greater than or equal to 0"),
+        (["loss.variant=ppo"], "loss.variant", "grpo"),
+    ],
+)
+def test_what_a_policy_cannot_be_is_refused(overrides, field, problem):
+    file = CONFIGS / "world" / "grpo.yaml"
+    with pytest.raises(UserError) as caught:
+        load_config(TrainConfig, file, overrides)
+    assert (caught.value.file, caught.value.field) == (file, field)
+    assert problem in caught.value.problem
+    assert caught.value.mend
+
+
 def test_a_percentage_out_of_range_is_named():
     with pytest.raises(UserError, match="120 is not a percentage") as caught:
         load_config(RecipeConfig, None, ["confidence_levels={120: 1.0}"])

@@ -86,6 +86,7 @@ def world(
 def train(config: Annotated[Path, typer.Argument(help="a training's YAML")], settings: Overrides = None) -> None:
     """Train as a configuration says; the same command goes on after an interruption."""
     from csp_jax.config import TrainConfig, load_config
+    from csp_jax.policy import batches_for
     from csp_jax.train.loop import train as run
 
     values = load_config(TrainConfig, config, settings or [])
@@ -95,7 +96,7 @@ def train(config: Annotated[Path, typer.Argument(help="a training's YAML")], set
         before = Path(chain[0][1].after)
         chain.insert(0, (before, load_config(TrainConfig, before)))
     for file, stage in chain:
-        typer.echo(f"{file}: {run(stage, title=file.stem)}")
+        typer.echo(f"{file}: {run(stage, title=file.stem, batches=batches_for(stage))}")
 
 
 @app.command()

@@ -217,6 +217,18 @@ def empty_batch(shape: Shape) -> Batch:
     )
 
 
+def with_policy(batch: Batch) -> Batch:
+    """The batch with zeros for what sampled responses bring."""
+    targets, responses = batch.target_token.shape, batch.role.shape
+    return dataclasses.replace(
+        batch,
+        old_log_probs=np.zeros(targets, np.float32),
+        reference_log_probs=np.zeros(targets, np.float32),
+        advantage=np.zeros(responses, np.float32),
+        response_weight=np.zeros(responses, np.float32),
+    )
+
+
 class Packer:
     """Fills one batch with samples; several may share a row, each its own segment."""
 

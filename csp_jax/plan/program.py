@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from csp_jax.config import TrainConfig
-from csp_jax.data.batch import Batch, Shape, empty_batch
+from csp_jax.data.batch import Batch, Shape, empty_batch, with_policy
 from csp_jax.families.registry import open_family
 from csp_jax.models.decoder import DecoderConfig
 from csp_jax.models.hub import HubConfig
@@ -99,6 +99,7 @@ def step_program(config: TrainConfig, folder: Path, mesh: Mesh) -> StepProgram:
         return jax.ShapeDtypeStruct((config.batch.accumulation, *array.shape), array.dtype)
 
     one_row = empty_batch(dataclasses.replace(shape, rows=1))
+    one_row = with_policy(one_row) if config.loss.name == "grpo" else one_row
     whole = jax.tree.map(lambda array: np.broadcast_to(array, (shape.rows, *array.shape[1:])), one_row)
     return StepProgram(
         config,

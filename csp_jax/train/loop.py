@@ -7,11 +7,9 @@ Nothing here waits for the device but the metrics of the step before.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from csp_jax.config import LossConfig, NoiseConfig, OptimizerConfig, TrainConfig, read_yaml
-from csp_jax.data.batch import Batch, Packer, Shape
+from csp_jax.config import NoiseConfig, OptimizerConfig, TrainConfig, read_yaml
+from csp_jax.data.batch import Batch, Shape
 from csp_jax.data.recipes import RECIPES
 from csp_jax.data.recipes.base import Drawn, Objective
 from csp_jax.data.shards import ShardSource, record_dataset
 from csp_jax.errors import Interrupted, UserError
 from csp_jax.losses.grounding import NoLoss
+from csp_jax.losses.grpo import VARIANTS, GrpoLoss
 from csp_jax.losses.interface import Loss
 from csp_jax.losses.sft import SftLoss
 from csp_jax.losses.simpo import SimpoLoss
@@ -58,6 +57,7 @@ from csp_jax.train.state import TrainState, decay_mask, new_state, split_model
 from csp_jax.train.step import Step, make_step
 from csp_jax.train.telemetry import Telemetry
 from csp_jax.train.watch import Watch
+from csp_jax.train.window import Collate, Window, Windows
 
 REMAT: dict[str, Callable | None] = {
     "none": None,
@@ -67,46 +67,19 @@ REMAT: dict[str, Callable | None] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """An accumulation window on the host: a batch with a leading axis of micro-batches, and the counts."""
-
-    batch: Batch
-    counts: Counter[str]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are not padding: prompt, fed and scored."""
-        batch = self.batch
-        return int((batch.prompt_segment > 0).sum() + (batch.tokens > 0).sum())
-
-
-@dataclasses.dataclass(frozen=True)
-class Collate:
-    """Drawn samples -> a window; one sample a row."""
-
-    shape: Shape
-    accumulation: int
-
-    def __call__(self, drawn: list[Drawn]) -> Window:
-        counts: Counter[str] = Counter()
-        packers = [Packer(self.shape) for _ in range(self.accumulation)]
-        for number, item in enumerate(drawn):
-            counts.update(item.counts)
-            if item.sample is not None:
-                packers[number // self.shape.rows].add(item.sample, share_rows=False)
-        batches = [packer.batch for packer in packers]
-        arrays = {name: np.stack([getattr(b, name) for b in batches]) for name in Batch.ARRAYS}
-        return Window(Batch(**arrays, groups=self.shape.groups), counts)
-
-
-def make_loss(config: LossConfig) -> Loss:
+def make_loss(config: TrainConfig) -> Loss:
     """The configured loss."""
-    if config.name == "sft":
+    loss = config.loss
+    if loss.name == "sft":
         return SftLoss()
-    if config.name == "grounding":
+    if loss.name == "grounding":
         return NoLoss()
-    return SimpoLoss(config.beta, config.simpo_gamma, config.nll_weight, config.label_smoothing, config.retention)
+    if loss.name == "grpo":
+        variant = VARIANTS[loss.variant]
+        return GrpoLoss(
+            loss.clip_low, loss.clip_high, loss.kl_beta, loss.kl, longest=config.rollout.max_tokens, **variant
+        )
+    return SimpoLoss(loss.beta, loss.simpo_gamma, loss.nll_weight, loss.label_smoothing, loss.retention)
 
 
 def make_schedule(config: NoiseConfig) -> Schedule:
@@ -145,6 +118,12 @@ def read_prompts(file: str) -> Prompts:
 def batch_shape(config: TrainConfig, rows: int, cell: tuple[int, int]) -> Shape:
     """The static sizes of a micro-batch of so many rows; `cell` is the family's."""
     sizes = config.data.recipe.shape
+    if config.loss.name == "grpo":
+        said = config.rollout.max_tokens
+        sizes = sizes.model_copy(
+            update={"groups": config.rollout.samples, "length": max(said - 1, 1), "targets": said}
+            | {"responses": config.rollout.samples}
+        )
     return Shape(
         rows=rows,
         prompt=sizes.prompt,
@@ -165,7 +144,7 @@ def configured_step(
     remat, mapped = REMAT[config.model.remat], config.parallel.strategy == "pmap"
     return make_step(
         graphdef,
-        make_loss(config.loss),
+        make_loss(config),
         optimizer,
         schedule=make_schedule(config.noise),
         seed=config.seed,
@@ -248,14 +227,15 @@ class Run:
             return new_model(HubConfig.read(self.source_folder), self.config.seed, dtype)
         return merge_adapter(load_model(self.source_folder, dtype=dtype, mesh=self.mesh))
 
-    def dataset(self) -> Any:
-        """The run's batches as a Grain data set."""
+    def dataset(self, collate: Callable[[list[Drawn]], Any] | None = None) -> Any:
+        """The run's windows as a Grain data set, or what else `collate` makes of what an update draws."""
         config = self.config
         objective: Objective = "simpo" if config.loss.name == "simpo" else "sft"
         recipe = RECIPES[config.data.recipe.name](
             config.data.recipe, str(self.source_folder), read_prompts(config.prompts), objective
         )
-        shape = batch_shape(config, self.rows, recipe.family.cell)
+        if collate is None:
+            collate = Collate(batch_shape(config, self.rows, recipe.family.cell), config.batch.accumulation)
         return record_dataset(
             self.source,
             batch_size=self.rows * config.batch.accumulation,
@@ -264,7 +244,7 @@ class Run:
             host_count=jax.process_count(),
             num_workers=config.data.workers,
             transform=recipe,
-            collate=Collate(shape, config.batch.accumulation),
+            collate=collate,
         )
 
     def step_function(self) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
@@ -283,8 +263,21 @@ class Run:
         return nnx.merge(self.graphdef, self.state.trainable, self.state.frozen)
 
 
-def train(config: TrainConfig, *, title: str = "train") -> Path:
+Batches = Callable[[Run], Windows]
+
+
+def from_data(run: Run) -> Windows:
+    """The windows of a run whose batches depend on its data alone."""
+    if run.config.loss.name == "grpo":
+        raise ValueError("grpo's batches are sampled: give `policy.batches_for(config)`")
+    return iter(run.dataset())
+
+
+def train(config: TrainConfig, *, title: str = "train", batches: Batches = from_data) -> Path:
     """Run a configured training to its end, resuming what is there; returns the trained model's folder.
+
+    `batches` makes the run's windows once, before a checkpoint is restored. They may look at `run.state` whenever one
+    is asked for: it is then the state between two steps, and gone with the next one.
 
     Raises Interrupted after SIGTERM or SIGINT, with the state saved. Of several processes, one that fails or finds
     another one gone ends at once with a message, so that none waits for it.
@@ -300,7 +293,7 @@ def train(config: TrainConfig, *, title: str = "train") -> Path:
         note_versions(final.parent)
     with Watch(config.run.hang_seconds, say, hosts.leave if config.run.hang_exit else None) as watch:
         try:
-            train_in(config, final, watch, title)
+            train_in(config, final, watch, title, batches)
         except Interrupted:
             raise
         except Exception as error:
@@ -315,10 +308,10 @@ def say(text: str) -> None:
     print(f"csp: {text}", file=sys.stderr, flush=True)
 
 
-def train_in(config: TrainConfig, final: Path, watch: Watch, title: str) -> None:
+def train_in(config: TrainConfig, final: Path, watch: Watch, title: str, batches: Batches) -> None:
     """The run itself, to its exported model."""
     run = Run(config)
-    iterator = iter(run.dataset())
+    iterator = batches(run)
     checkpoints = Checkpoints(run.out / "checkpoints", config.run, say)
     watch.note("the restored checkpoint")
     run.state, start = checkpoints.restore(run.state, iterator)
@@ -359,7 +352,7 @@ def run_steps(
     def report(entry: tuple[int, dict[str, jax.Array], Window]) -> None:
         number, metrics, window = entry
         watch.note(f"step {number} on the devices")
-        values = jax.device_get(metrics)
+        values = {**window.metrics, **jax.device_get(metrics)}
         images = int((window.batch.grid[..., 0] > 0).sum())
         telemetry.log(number, values, window.counts, window.tokens, images)
         losses.append(float(values["loss"]))

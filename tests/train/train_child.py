@@ -13,6 +13,7 @@ from typing import Any
 
 from csp_jax.config import TrainConfig, load_config
 from csp_jax.errors import Interrupted
+from csp_jax.policy import batches_for
 from csp_jax.train.checkpoint import Checkpoints
 from csp_jax.train.loop import train
 
@@ -36,7 +37,8 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         die_after(int(sys.argv[2]))
     try:
-        train(load_config(TrainConfig, Path(sys.argv[1])))
+        config = load_config(TrainConfig, Path(sys.argv[1]))
+        train(config, batches=batches_for(config))
     except Interrupted as stop:
         print(stop)
         sys.exit(INTERRUPTED)

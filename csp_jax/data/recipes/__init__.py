@@ -6,6 +6,7 @@ Every recipe is a callable `(record, generator) -> Drawn`; it runs in data worke
 `paper`     [A] as printed: right responses about the buried object, label c.
 `evidence`  ours: right and wrong responses, label = probability of being right given what is still visible.
 `materialized`  `paper` on pictures that were noised when the data set was made, each with its label.
+`questions`  a question without an answer: a policy is to answer it (GRPO).
 `original`  plain chosen / rejected answers without the confidence query ([A] 4.3.2, "original RLAIF").
 """
 
@@ -15,6 +16,7 @@ from csp_jax.data.recipes.answers import AnswerRecipe
 from csp_jax.data.recipes.base import Recipe
 from csp_jax.data.recipes.evidence import EvidenceRecipe
 from csp_jax.data.recipes.paper import MaterializedRecipe, OriginalRecipe, PaperRecipe
+from csp_jax.data.recipes.questions import QuestionRecipe
 
 RECIPES: dict[str, type[Recipe]] = {
     "answers": AnswerRecipe,
@@ -22,4 +24,5 @@ RECIPES: dict[str, type[Recipe]] = {
     "evidence": EvidenceRecipe,
     "materialized": MaterializedRecipe,
     "original": OriginalRecipe,
+    "questions": QuestionRecipe,
 }
