@@ -20,8 +20,8 @@ from csp_jax.models.decoder import DecoderConfig
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.registry import abstract_model
-from csp_jax.plan.flops import masked_attention_flops, product_flops
 from csp_jax.sharding import batch_sharding, compile_step, state_shardings
+from csp_jax.train.flops import masked_attention_flops, product_flops
 from csp_jax.train.loop import batch_shape, configured_step, make_optimizer, wrap_model
 from csp_jax.train.state import TrainState, new_state, split_model
 
@@ -48,7 +48,7 @@ class StepProgram:
         return make_optimizer(self.config.optimizer, max(self.config.run.steps, 100))
 
     def useful_flops(self) -> float:
-        """Of one update, all devices together (see `plan.flops`)."""
+        """Of one update, all devices together (see `train.flops`)."""
         plain = self.config.model_copy(update={"model": self.config.model.model_copy(update={"remat": "none"})})
         model = nnx.merge(self.graphdef, self.state.trainable, self.state.frozen)
         model.attention = "xla"  # products within a kernel cannot be counted

@@ -10,7 +10,7 @@ from tiny import SIDE, tiny_model
 from csp_jax.config import TrainConfig, load_config
 from csp_jax.data.batch import Shape, empty_batch
 from csp_jax.losses.logprobs import score
-from csp_jax.plan.flops import masked_attention_flops, product_flops
+from csp_jax.train.flops import masked_attention_flops, product_flops
 
 
 def test_forward_and_backward_of_a_stack():
