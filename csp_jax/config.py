@@ -175,6 +175,13 @@ class BatchConfig(Section):
     accumulation: AtLeastOne = 8
 
 
+class ProfileConfig(Section):
+    """Which updates are traced."""
+
+    start: AtLeastOne = 10
+    steps: AtLeastOne = 3
+
+
 class RunConfig(Section):
     """How long, how often, where to."""
 
@@ -191,6 +198,9 @@ class RunConfig(Section):
     heartbeat_seconds: AtLeastOne = 100  # after which a silent process counts as gone
     log_every: AtLeastOne = 1
     progress: bool = True
+    wandb: str = ""  # project at Weights & Biases; empty: not sent there
+    profile: ProfileConfig | None = None  # a trace of these updates, written into the run's folder
+    peak_tflops: Positive | None = None  # of a device; unset: from its name, where that is known
 
 
 class ParallelConfig(Section):

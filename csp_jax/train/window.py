@@ -22,12 +22,6 @@ class Window:
     counts: Counter[str]
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that are not padding: prompt, fed and scored."""
-        batch = self.batch
-        return int((batch.prompt_segment > 0).sum() + (batch.tokens > 0).sum())
-
 
 class Windows(Iterator[Window], Protocol):
     """Windows and where among them a run is, as JSON; what `get_state` gives may be set before the first one."""
