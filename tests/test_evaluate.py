@@ -23,11 +23,12 @@ from transformers import LlavaForConditionalGeneration
 from csp_jax.calibration.protocols import Shots
 from csp_jax.config import ParallelConfig
 from csp_jax.data.shards import ShardSource
-from csp_jax.evaluate import Answers, Scorer, ask_records, evaluate, example_shots
+from csp_jax.evaluate import Answers, Scorer, ask_records, evaluate
 from csp_jax.families.interface import HostFamily, open_image
 from csp_jax.families.registry import open_family
 from csp_jax.models.registry import load_model, save_model
 from csp_jax.records import Item, Record
+from csp_jax.scenes import example_shots, open_scenes
 from csp_jax.sharding import make_mesh
 from csp_jax.text import Prompts, parse_confidence
 from csp_jax.world import WorldConfig, build
@@ -56,7 +57,8 @@ def asked(ground: Path, devices: int, rows: int, shots: Shots = ()) -> Answers:
     mesh = make_mesh(ParallelConfig(data=devices), jax.devices()[:devices])
     folder = ground / "checkpoint"
     source = ShardSource(ground / "world", "test")
-    return evaluate(load_model(folder), open_family(folder), Prompts(), source, mesh, rows=rows, shots=shots)
+    scenes = open_scenes(open_family(folder), Prompts(), source, shots=shots)
+    return evaluate(load_model(folder), scenes, mesh, rows=rows)
 
 
 class Original:

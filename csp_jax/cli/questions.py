@@ -17,7 +17,7 @@ def evaluate_command(
     shards: Annotated[Path, typer.Argument(help="a data set's folder")],
     split: Annotated[str, typer.Option()] = "test",
     limit: Annotated[int, typer.Option(min=0, help="records; 0: all")] = 0,
-    rows: Annotated[int, typer.Option(min=1, help="records in a batch")] = 4,
+    rows: Annotated[int, typer.Option(min=1, help="pictures in a batch")] = 4,
     reading: Annotated[str, typer.Option(help="expected or greedy")] = "expected",
     shots: Annotated[int, typer.Option(min=0, help="examples before each confidence query")] = 0,
     shots_split: Annotated[str, typer.Option(help="the split that the examples come from")] = "train",
@@ -31,10 +31,11 @@ def evaluate_command(
 
     from csp_jax.config import ParallelConfig
     from csp_jax.data.shards import ShardSource
-    from csp_jax.evaluate import evaluate, example_shots
+    from csp_jax.evaluate import evaluate
     from csp_jax.families.registry import open_family
     from csp_jax.models.registry import load_model
     from csp_jax.results import READINGS, result_rows
+    from csp_jax.scenes import example_shots, open_scenes
     from csp_jax.sharding import make_mesh
     from csp_jax.train import hosts
     from csp_jax.train.loop import checkpoint_folder, read_prompts
@@ -44,16 +45,10 @@ def evaluate_command(
     hosts.join()
     with hosts.ending_together(lambda: "the others' answers"):
         folder, source = checkpoint_folder(model), ShardSource(shards, split)
-        answers = evaluate(
-            load_model(folder, adapter=adapter),
-            open_family(folder),
-            read_prompts(prompts),
-            source,
-            make_mesh(ParallelConfig(), jax.local_devices()),
-            limit=limit,
-            rows=rows,
-            shots=example_shots(ShardSource(shards, shots_split), shots) if shots else (),
-        )
+        examples = example_shots(ShardSource(shards, shots_split), shots) if shots else ()
+        scenes = open_scenes(open_family(folder), read_prompts(prompts), source, limit=limit, shots=examples)
+        mesh = make_mesh(ParallelConfig(), jax.local_devices())
+        answers = evaluate(load_model(folder, adapter=adapter), scenes, mesh, rows=rows)
     if not hosts.is_first():
         return
     if out:
