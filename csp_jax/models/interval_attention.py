@@ -19,6 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from csp_jax.models.blocks import keep
+
 NOTHING = -1e30  # log-sum-exp of a query that sees nothing
 Outputs = tuple[Float[Array, "batch queries heads dim"], Float[Array, "batch queries heads"]]
 
@@ -256,7 +258,7 @@ def _attention(plan: Plan, q: Array, k: Array, v: Array, intervals: Intervals) -
 
 
 def _attention_forward(plan: Plan, q: Array, k: Array, v: Array, intervals: Intervals) -> tuple[Outputs, tuple]:
-    out, lse = _forward(plan, q, k, v, intervals)
+    out, lse = map(keep, _forward(plan, q, k, v, intervals))
     return (out, lse), (q, k, v, intervals, out, lse)
 
 

@@ -18,6 +18,7 @@ from csp_jax.plan import page
 from csp_jax.plan.compilers import Compiler
 from csp_jax.plan.search import Candidate, Trial, recommend, search
 from csp_jax.plan.targets import Target, parse_target
+from csp_jax.train.compute import check_attention
 from csp_jax.world import BASE
 
 
@@ -84,6 +85,9 @@ def make_plans(
     `only`: the configurations as they are, nothing else is tried. `done` is told of every plan as it is made.
     """
     jobs = [(file, load_config(TrainConfig, file, list(overrides))) for file in files]
+    for target in map(parse_target, targets):
+        for file, config in jobs:
+            check_compiles(config, file, target)
     folders = {file: model_folder(config, file) for file, config in jobs}
     plans: list[Plan] = []
     known: dict[tuple[Path, str, int], Candidate] = {}
@@ -108,6 +112,19 @@ def make_plans(
                     known[key] = best.candidate
                 done(plans[-1])
     return plans
+
+
+def check_compiles(config: TrainConfig, file: Path, target: Target) -> None:
+    """UserError where the attention is not for the target, or cannot be compiled away from it."""
+    check_attention(config, target.card.platform)
+    if config.model.attention == "cudnn":
+        raise UserError(
+            "cuDNN's attention is compiled on the card alone",
+            file=file,
+            field="model.attention",
+            value="cudnn",
+            mend="Plan with model.attention=pallas, whose memory is much the same",
+        )
 
 
 def say_of(name: str, say: Callable[[str], None], text: str) -> None:

@@ -52,19 +52,13 @@ from csp_jax.sharding import (
 from csp_jax.text import Prompts
 from csp_jax.train import hosts
 from csp_jax.train.checkpoint import Checkpoints, export_adapter, export_model
+from csp_jax.train.compute import REMAT, check_attention, check_heads
 from csp_jax.train.folder import note_versions, prepare_folder
 from csp_jax.train.state import TrainState, decay_mask, new_state, split_model
 from csp_jax.train.step import Step, make_step
 from csp_jax.train.telemetry import Telemetry
 from csp_jax.train.watch import Watch
 from csp_jax.train.window import Collate, Window, Windows
-
-REMAT: dict[str, Callable | None] = {
-    "none": None,
-    "full": jax.checkpoint,
-    "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_saveable),
-    "weights": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-}
 
 
 def make_loss(config: TrainConfig) -> Loss:
@@ -155,20 +149,9 @@ def configured_step(
     )
 
 
-def check_attention(config: TrainConfig, mesh: Mesh) -> None:
-    """UserError where the kernel does not run."""
-    platform = mesh.devices.flat[0].platform
-    if config.model.attention == "pallas" and platform not in ("gpu", "cuda"):
-        raise UserError(
-            f"the kernel is for NVIDIA GPUs, this is a {platform}",
-            field="model.attention",
-            value=config.model.attention,
-            mend="Use xla",
-        )
-
-
 def wrap_model(model: VisionLanguageModel, config: TrainConfig) -> dict[str, Any]:
     """Put the configured attention and adapter on a model; the fields of the adapter that it goes on from."""
+    check_heads(config.model.attention, model)
     model.attention = config.model.attention
     lora = config.model.lora
     if lora is None:
@@ -205,7 +188,7 @@ class Run:
         self.out = Path(config.run.out)
         self.source_folder = checkpoint_folder(config.model.checkpoint)
         self.mesh = make_mesh(config.parallel)
-        check_attention(config, self.mesh)
+        check_attention(config, self.mesh.devices.flat[0].platform)
         self.rows = rows_over_hosts(config.batch.rows, self.mesh)
         self.source = ShardSource(config.data.shards, config.data.split)
         self.steps = self._steps()
