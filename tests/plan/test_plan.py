@@ -57,6 +57,41 @@ def test_a_small_step_for_gpus_that_are_not_here(tmp_path):
     assert row["flops_executed"] == pytest.approx(row["flops_useful"], rel=0.2)
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize(("target", "attention"), [("a100-80g:1x2", "pallas"), ("v5e:2x2", "splash")])
+def test_attention_kernels_compile_for_what_is_not_here(tmp_path, target, attention):
+    """A whole step, samples packed, over a mesh; what attention takes no longer grows with the prompt's square."""
+    file = tmp_path / "world.yaml"
+    file.write_text(
+        "model: {dtype: bfloat16, remat: full}\nloss: {name: simpo}\nbatch: {rows: 4, accumulation: 1}\n"
+        f"parallel: {{fsdp: {parse_target(target).devices}}}\n"
+        "data: {recipe: {shape: {samples: 16, prompt: 2048, groups: 4, length: 128}}}\n"
+    )
+    peaks = {}
+    for how in (attention, "xla"):
+        (plan,) = make_plans(
+            [file], [target], overrides=[f"model.attention={how}"], packages=compilers(target), only=True
+        )
+        (row,) = plan.rows()
+        assert row["error"] is None
+        peaks[how] = row["bytes_temporaries"]
+    logits = 4 / parse_target(target).devices * 5 * 2048 * 2048 * 4  # of the heads of a layer of a device's rows
+    assert peaks["xla"] - peaks[attention] > logits
+
+
+def test_attention_that_cannot_be_planned_is_named(tmp_path):
+    file = tmp_path / "world.yaml"
+    file.write_text("model: {dtype: bfloat16}\nbatch: {rows: 8}\n")
+    for target, attention, said in (
+        ("v5e:2x2", "pallas", "for NVIDIA GPUs"),
+        ("a100-80g:1x2", "splash", "for TPUs"),
+        ("a100-80g:1x2", "cudnn", "on the card alone"),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
+            make_plans([file], [target], overrides=[f"model.attention={attention}"])
+        assert caught.value.field == "model.attention"
+
+
 @pytest.mark.parametrize("file", PAPERS, ids=lambda file: file.stem)
 def test_the_papers_rows_hold_a_picture(file):
     """Prompt slots and cells of the largest picture of the family, and words before it."""
