@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 
 from csp_jax.calibration.protocols import QuestionTree, Reading, Shots, question_tree, read_question
 from csp_jax.data.batch import Batch, Packer, Sample, Shape, Tree
-from csp_jax.data.buckets import Buckets
+from csp_jax.data.buckets import Buckets, alike
 from csp_jax.data.pictures import check_slots, show
 from csp_jax.data.recipes.base import Asker, noise_identity
 from csp_jax.data.shards import ShardSource
@@ -34,6 +34,7 @@ from csp_jax.records import Item, Record
 from csp_jax.sharding import put_batch
 from csp_jax.text import Prompts
 
+PATIENCE = 16  # batches that a compilation has to serve
 SUBSETS = ("random", "popular", "adversarial", "attribute", "relation")
 
 
@@ -262,16 +263,17 @@ def _ask_scenes(
 ) -> Answers:
     """What the scenes' questions are answered with."""
     shape = shape_of([scene.sample for scene in scenes], rows)
-    found: list[tuple[Record, Item, Reading]] = []
-    for number, (chunk, result) in enumerate(_sweep(scorer, Buckets(shape), scenes)):
+    found: dict[int, list[tuple[Record, Item, Reading]]] = {}
+    for number, (chunk, result) in enumerate(_sweep(scorer, Buckets(shape, PATIENCE), scenes)):
         log_probs, top = (np.asarray(x) for x in jax.device_get(result))
-        for row, scene in enumerate(chunk):
+        for row, place in enumerate(chunk):
+            scene, found[place] = scenes[place], []
             for group, (item, question) in enumerate(zip(scene.items, scene.questions, strict=True)):
                 at = slice(group * shape.targets, group * shape.targets + len(question.tree.targets))
-                found.append((scene.record, item, read_question(question, log_probs[row, at], top[row, at])))
+                found[place].append((scene.record, item, read_question(question, log_probs[row, at], top[row, at])))
         if progress:
             progress((number + 1) * rows, len(scenes))
-    return collect(found)
+    return collect([answer for place in range(len(scenes)) for answer in found[place]])
 
 
 def gathered(answers: Answers | None) -> Answers:
@@ -295,26 +297,26 @@ def ask_records(
     """What a model says to one question about each of several pictures, in one batch."""
     scenes = [scene_trees(family, prompts, record, (item,)) for record in records]
     whole = Buckets(shape_of([scene.sample for scene in scenes], len(scenes)))
-    ((_, result),) = _sweep(scorer, whole, scenes)
+    ((chunk, result),) = _sweep(scorer, whole, scenes)
     log_probs, top = (np.asarray(x) for x in jax.device_get(result))
-    edges = [len(scene.questions[0].tree.targets) for scene in scenes]
-    return [
-        read_question(scene.questions[0], log_probs[row, :end], top[row, :end])
-        for row, (scene, end) in enumerate(zip(scenes, edges, strict=True))
-    ]
+    readings: dict[int, Reading] = {}
+    for row, place in enumerate(chunk):
+        question = scenes[place].questions[0]
+        end = len(question.tree.targets)
+        readings[place] = read_question(question, log_probs[row, :end], top[row, :end])
+    return [readings[place] for place in range(len(scenes))]
 
 
 def _sweep(
     scorer: Scorer, buckets: Buckets, scenes: list[SceneTrees]
-) -> Iterator[tuple[list[SceneTrees], tuple[jax.Array, jax.Array]]]:
-    """Score scenes in chunks; the next chunk is on its way before the last one is read."""
-    rows = buckets.whole.rows
-    waiting: tuple[list[SceneTrees], tuple[jax.Array, jax.Array]] | None = None
-    for start in range(0, len(scenes), rows):
-        chunk = scenes[start : start + rows]
-        packer = Packer(buckets([scene.sample for scene in chunk]))
-        for scene in chunk:
-            packer.add(scene.sample, share_rows=False)
+) -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
+    """Score scenes (by their numbers) in chunks of like ones; the next is on its way before the last one is read."""
+    waiting: tuple[list[int], tuple[jax.Array, jax.Array]] | None = None
+    for chunk in alike([scene.sample for scene in scenes], buckets.whole.rows):
+        samples = [scenes[place].sample for place in chunk]
+        packer = Packer(buckets(samples))
+        for sample in samples:
+            packer.add(sample, share_rows=False)
         result = scorer(packer.batch)
         if waiting is not None:
             yield waiting

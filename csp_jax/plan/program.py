@@ -55,7 +55,8 @@ class StepProgram:
         graphdef, _, _ = split_model(model, plain.model.freeze)
         step = configured_step(plain, graphdef, self.optimizer(), self.mesh)
         whole = product_flops(jax.make_jaxpr(step)(self.state, self.window).jaxpr)
-        return whole - masked_attention_flops(self.text, self.shape, self.config.batch.accumulation)
+        samples = self.config.data.recipe.shape.samples
+        return whole - masked_attention_flops(self.text, self.shape, self.config.batch.accumulation, samples)
 
     def parameters(self) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((self.state.trainable, self.state.frozen)))

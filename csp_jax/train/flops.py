@@ -47,11 +47,14 @@ def _inner(params: dict[str, Any]) -> list[Any]:
     return found
 
 
-def masked_attention_flops(text: DecoderConfig, shape: Shape, micro_batches: int) -> float:
-    """Of the prompt's self-attention, forward and backward: the pairs that come later.
+def masked_attention_flops(text: DecoderConfig, shape: Shape, micro_batches: int, samples: int = 1) -> float:
+    """Of attention on prompts, forward and backward: pairs that come later, or lie apart where `samples` share a row.
 
     The last layer computes no prompt queries. A product with keys and one with values forward, two of each backward.
     """
-    pairs = shape.prompt * (shape.prompt - 1) / 2
-    products = 2 * 3 * 2.0 * pairs * text.num_heads * text.head_dim
-    return products * shape.rows * micro_batches * (text.num_layers - 1)
+    own = shape.prompt / samples
+    others = shape.prompt - own
+    among_prompts = shape.prompt**2 - samples * own * (own + 1) / 2
+    layers = text.num_layers - 1
+    pairs = layers * (among_prompts + shape.groups * shape.length * others) + shape.groups * shape.targets * others
+    return 2 * 3 * 2.0 * pairs * text.num_heads * text.head_dim * shape.rows * micro_batches

@@ -125,7 +125,7 @@ def batch_shape(config: TrainConfig, rows: int, cell: tuple[int, int]) -> Shape:
         length=sizes.length,
         targets=sizes.targets,
         responses=sizes.responses,
-        pictures=1,
+        pictures=sizes.samples,
         canvas=cell,
         cells=sizes.cells,
     )
@@ -190,6 +190,7 @@ class Run:
         self.mesh = make_mesh(config.parallel)
         check_attention(config, self.mesh.devices.flat[0].platform)
         self.rows = rows_over_hosts(config.batch.rows, self.mesh)
+        self.samples = config.data.recipe.shape.samples  # of a row
         self.source = ShardSource(config.data.shards, config.data.split)
         self.steps = self._steps()
         self.optimizer = make_optimizer(config.optimizer, self.steps)
@@ -201,7 +202,7 @@ class Run:
     def _steps(self) -> int:
         config = self.config
         records = len(self.source)
-        per_step = config.batch.rows * config.batch.accumulation
+        per_step = config.batch.rows * config.batch.accumulation * self.samples
         return config.run.steps or max(int(config.run.epochs * records) // per_step, 1)
 
     def _model(self) -> VisionLanguageModel:
@@ -218,10 +219,11 @@ class Run:
             config.data.recipe, str(self.source_folder), read_prompts(config.prompts), objective
         )
         if collate is None:
-            collate = Collate(batch_shape(config, self.rows, recipe.family.cell), config.batch.accumulation)
+            shape = batch_shape(config, self.rows, recipe.family.cell)
+            collate = Collate(shape, config.batch.accumulation, self.samples, whole=jax.process_count() > 1)
         return record_dataset(
             self.source,
-            batch_size=self.rows * config.batch.accumulation,
+            batch_size=self.rows * config.batch.accumulation * self.samples,
             seed=config.seed,
             host_index=jax.process_index(),
             host_count=jax.process_count(),
@@ -335,7 +337,7 @@ def run_steps(
     def report(entry: tuple[int, dict[str, jax.Array], Window]) -> None:
         number, metrics, window = entry
         watch.note(f"step {number} on the devices")
-        values = {**window.metrics, **jax.device_get(metrics)}
+        values = {**window.metrics, "real_tokens": window.real_tokens, **jax.device_get(metrics)}
         images = int((window.batch.grid[..., 0] > 0).sum())
         telemetry.log(number, values, window.counts, window.tokens, images)
         losses.append(float(values["loss"]))
