@@ -84,3 +84,38 @@ def test_work_grows_by_the_same_with_every_response():
     assert work(12, 16) - work(8, 16) == work(8, 16) - work(4, 16) > 0
     once = [2 * work(4, length) - work(8, length) for length in (8, 16, 32)]
     assert once[0] == once[1] == once[2] > 0
+
+
+def kept(jaxpr: Any) -> int:
+    """Values that loops hand on from step to step's end: what layers keep for their gradients, and the gradients."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            stacked = equation.outvars[equation.params["num_carry"] :]
+            total += sum(math.prod(variable.aval.shape) for variable in stacked)
+        else:
+            total += sum(kept(part) for part in inner(equation))
+    return total
+
+
+@pytest.mark.parametrize("attention", ["xla", "pallas_interpret", "splash_interpret"])
+def test_what_is_kept_and_what_is_computed_again(attention):
+    """Each policy keeps less than the one before it; a kernel runs twice unless its results are kept."""
+    policies = ("none", "weights", "save_names", "full")
+    programs = {name: program(2, 16, prompt=96, attention=attention, remat=name) for name in policies}
+    sizes = [kept(programs[name]) for name in policies]
+    work = [product_flops(programs[name]) for name in policies]
+    assert sizes == sorted(set(sizes), reverse=True)
+    if attention == "xla":
+        assert work[0] < work[1] < work[2] < work[3]
+        return
+    runs = {name: count(programs[name], "pallas_call") for name in policies}
+    assert runs["save_names"] == runs["none"] < runs["weights"] == runs["full"]
+
+
+def count(jaxpr: Any, primitive: str) -> int:
+    """How often a primitive is written in a program."""
+    return sum(
+        (equation.primitive.name == primitive) + sum(count(part, primitive) for part in inner(equation))
+        for equation in jaxpr.eqns
+    )
