@@ -13,11 +13,12 @@ from csp_jax.config import ParallelConfig
 from csp_jax.data.batch import Packer, Sample
 from csp_jax.data.pictures import check_slots, show
 from csp_jax.data.recipes.base import Asker
-from csp_jax.evaluate import Scorer, shape_of, shared_prompt
+from csp_jax.evaluate import Scorer
 from csp_jax.families.interface import open_image
 from csp_jax.families.registry import open_family
 from csp_jax.models.registry import load_model
 from csp_jax.rollout import greedy_answer
+from csp_jax.scenes import shape_of, shared_prompt
 from csp_jax.sharding import make_mesh
 from csp_jax.text import Prompts, parse_confidence
 

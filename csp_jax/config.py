@@ -178,6 +178,13 @@ class BatchConfig(Section):
     accumulation: AtLeastOne = 8
 
 
+class ProfileConfig(Section):
+    """Which updates are traced."""
+
+    start: AtLeastOne = 10
+    steps: AtLeastOne = 3
+
+
 class RunConfig(Section):
     """How long, how often, where to."""
 
@@ -194,6 +201,9 @@ class RunConfig(Section):
     heartbeat_seconds: AtLeastOne = 100  # after which a silent process counts as gone
     log_every: AtLeastOne = 1
     progress: bool = True
+    wandb: str = ""  # project at Weights & Biases; empty: not sent there
+    profile: ProfileConfig | None = None  # a trace of these updates, written into the run's folder
+    peak_tflops: Positive | None = None  # of a device; unset: from its name, where that is known
 
 
 class ParallelConfig(Section):
@@ -371,7 +381,7 @@ class DemoConfig(Section):
     splits: WorldSplits = WorldSplits()
     reading: Literal["expected", "greedy"] = "expected"
     resamples: AtLeastOne = 1000
-    rows: AtLeastOne = 4  # scenes in an evaluation batch
+    rows: AtLeastOne = 1  # pictures in an evaluation batch; more is slower on CPUs
     overrides: tuple[str, ...] = ()  # of every stage, such as run.steps=2
 
 

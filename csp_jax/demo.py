@@ -35,6 +35,7 @@ from csp_jax.perturb import Schedule, bury, to_canvas
 from csp_jax.records import Item, Record, decode_mask
 from csp_jax.report import build_report
 from csp_jax.results import READINGS, Row, report_conventions, result_rows, write_rows
+from csp_jax.scenes import SceneTrees, open_scenes
 from csp_jax.sharding import make_mesh
 from csp_jax.text import Prompts
 from csp_jax.train.loop import checkpoint_folder, train
@@ -118,6 +119,7 @@ class Demo:
         self.mesh = make_mesh(ParallelConfig(data=1), jax.local_devices()[:1])
         self.prompts = Prompts()
         self.models: dict[tuple[str, str, int], Path] = {}
+        self._scenes: dict[str, list[SceneTrees]] = {}
         self.base = checkpoint_folder(config.base)
         self.world_config = load_config(WorldConfig, Path(config.world) if config.world else None, [])
 
@@ -167,17 +169,14 @@ class Demo:
         file = self.out / ("predictions" if split == "test" else f"predictions-{split}") / f"{name}.npz"
         if not file.exists():
             self.say(f"asking {name} ({split})")
-            source = ShardSource(self.world, split)
-            answers = evaluate(
-                load_model(folder),
-                open_family(folder),
-                self.prompts,
-                source,
-                self.mesh,
-                rows=self.config.rows,
-            )
-            answers.save(file)
+            evaluate(load_model(folder), self.scenes(split), self.mesh, rows=self.config.rows).save(file)
         return Answers.load(file)
+
+    def scenes(self, split: str) -> list[SceneTrees]:
+        """The questions of a split; every model is asked the same, and all have the base's words."""
+        if split not in self._scenes:
+            self._scenes[split] = open_scenes(open_family(self.base), self.prompts, ShardSource(self.world, split))
+        return self._scenes[split]
 
     def score_all(self) -> list[Row]:
         """Rows of all models on the test split; the base first."""

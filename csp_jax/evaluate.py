@@ -19,18 +19,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
-from csp_jax.calibration.protocols import QuestionTree, Reading, Shots, question_tree, read_question
-from csp_jax.data.batch import Batch, Packer, Sample, Shape, Tree
+from csp_jax.calibration.protocols import Reading, read_question
+from csp_jax.data.batch import Batch, Packer
 from csp_jax.data.buckets import Buckets, alike
-from csp_jax.data.pictures import check_slots, show
-from csp_jax.data.recipes.base import Asker, noise_identity
-from csp_jax.data.shards import ShardSource
 from csp_jax.errors import UserError
-from csp_jax.families.interface import HostFamily, open_image
+from csp_jax.families.interface import HostFamily
 from csp_jax.losses.logprobs import score
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.perturb import to_canvas
 from csp_jax.records import Item, Record
+from csp_jax.scenes import SceneTrees, scene_trees, shape_of
 from csp_jax.sharding import put_batch
 from csp_jax.text import Prompts
 
@@ -125,152 +123,35 @@ class Scorer:
         return _score(self._graphdef, self._state, put_batch(batch, self.mesh, leading=0), dtype=self.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class SceneTrees:
-    """One record's prompt and the trees of its questions."""
-
-    record: Record
-    items: tuple[Item, ...]
-    questions: tuple[QuestionTree, ...]
-    sample: Sample
-
-
-def shared_prompt(asker: Asker) -> tuple[int, ...]:
-    """The tokens that every question about a picture begins with: up to the last picture slot."""
-    tokens = asker.family.encode("x", None, asker.slots).tokens
-    last = max(number for number, token in enumerate(tokens) if token == asker.family.image_token)
-    return tokens[: last + 1]
-
-
-def example_shots(source: ShardSource, count: int) -> Shots:
-    """Examples to put before a confidence query: `count` questions of a split (one that is not evaluated), with a
-    right response that is called 100% sure and a wrong one that is called 0% sure in turn.
-    """
-    shots: list[tuple[str, str, int]] = []
-    for record in (source[index] for index in range(len(source))):
-        item = next((item for item in record.items if len(item.candidates) > 1), None)
-        if item is None:
-            continue
-        right = len(shots) % 2 == 0
-        wrong = next(candidate for candidate in item.candidates if candidate != item.truth)
-        shots.append((item.question, item.truth if right else wrong, 100 if right else 0))
-        if len(shots) == count:
-            return tuple(shots)
-    raise UserError(
-        "the split has too few questions", file=source.directory, field="shots", value=count, mend="Ask for fewer"
-    )
-
-
-def choice_items(record: Record) -> tuple[Item, ...]:
-    """The items that have answers to choose from."""
-    return tuple(item for item in record.items if len(item.candidates) > 1)
-
-
-def scene_trees(
-    family: HostFamily, prompts: Prompts, record: Record, items: tuple[Item, ...], shots: Shots = ()
-) -> SceneTrees:
-    """A record as one sample: its picture in the prompt, one group for each question."""
-    picture = show(family, open_image(record.images[0], record.image_id), noise_id=noise_identity(record.id))
-    asker = Asker(family, prompts, picture)
-    prompt = shared_prompt(asker)
-    questions = tuple(question_tree(asker, item, len(prompt), shots) for item in items)
-    sample = check_slots(family, Sample(prompt, (picture,), tuple(q.tree for q in questions)))
-    return SceneTrees(record, items, questions, sample)
-
-
-def split_by_regime(family: HostFamily, scene: SceneTrees) -> list[SceneTrees]:
-    """A scene as parts whose questions are of one rotary regime (see `HostFamily.regime`); nearly always one part."""
-    size = len(scene.sample.prompt)
-    regimes = [family.regime(size + depth(question.tree)) for question in scene.questions]
-    parts = []
-    for regime in dict.fromkeys(regimes):
-        chosen = [number for number, own in enumerate(regimes) if own == regime]
-        parts.append(
-            SceneTrees(
-                scene.record,
-                tuple(scene.items[number] for number in chosen),
-                tuple(scene.questions[number] for number in chosen),
-                dataclasses.replace(scene.sample, groups=tuple(scene.sample.groups[number] for number in chosen)),
-            )
-        )
-    return parts
-
-
-def depth(tree: Tree) -> int:
-    """Tokens of a tree's longest path, its target included."""
-    depths: list[int] = []
-    for parent in tree.parents:
-        depths.append(1 + (depths[parent] if parent >= 0 else 0))
-    return max((1 + (depths[parent] if parent >= 0 else 0) for _, parent, _, _ in tree.targets), default=0)
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
-def shape_of(samples: Sequence[Sample], rows: int) -> Shape:
-    """A shape that samples of merged trees all fit, one a row."""
-    trees = [group for sample in samples for group in sample.groups if isinstance(group, Tree)]
-    first = samples[0].pictures[0]
-    groups = max(len(sample.groups) for sample in samples)
-    return Shape(
-        rows=rows,
-        prompt=max(len(sample.prompt) for sample in samples),
-        groups=groups,
-        length=_round_up(max(len(tree.tokens) for tree in trees), 8),
-        targets=_round_up(max(len(tree.targets) for tree in trees), 8),
-        responses=groups,
-        pictures=1,
-        canvas=first.cell or (first.canvas.shape[0], first.canvas.shape[1]),
-        cells=max(sum(picture.cells for picture in sample.pictures) for sample in samples),
-    )
-
-
 def evaluate(
     model: VisionLanguageModel,
-    family: HostFamily,
-    prompts: Prompts,
-    source: ShardSource,
+    scenes: Sequence[SceneTrees],
     mesh: Mesh,
     *,
-    limit: int = 0,
     rows: int = 4,
-    shots: Shots = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
-    """Ask a model every question of a split (of its first `limit` records) once.
+    """Ask a model every question of the scenes (see `open_scenes`), each once.
 
-    Each host asks about its part of the records on its own devices, which `mesh` spans, `rows` records at a time;
-    all hosts return all answers, in the order of the records.
+    Each host asks its own scenes on its own devices, which `mesh` spans, `rows` scenes at a time; all hosts return all
+    answers, in the order of the hosts and their scenes.
     """
-    wanted = min(limit or len(source), len(source))
-    hosts, host = jax.process_count(), jax.process_index()
-    records = (source[place] for place in range(wanted * host // hosts, wanted * (host + 1) // hosts))
-    scenes = [
-        part
-        for record in records
-        for part in split_by_regime(family, scene_trees(family, prompts, record, choice_items(record), shots))
-        if part.items
-    ]
     # Hosts meet here, before they compile: CPU collectives wait long for a host that they know, not for a first one.
     if not multihost_utils.process_allgather(np.array(len(scenes))).any():
-        raise UserError("there is nothing to evaluate", file=source.directory, field="split", value=source.split)
+        raise UserError("there is no question with answers to choose from", mend="Check the split and the limit")
     return gathered(_ask_scenes(Scorer(model, mesh), scenes, rows, progress) if scenes else None)
 
 
 def _ask_scenes(
-    scorer: Scorer, scenes: list[SceneTrees], rows: int, progress: Callable[[int, int], None] | None
+    scorer: Scorer, scenes: Sequence[SceneTrees], rows: int, progress: Callable[[int, int], None] | None
 ) -> Answers:
     """What the scenes' questions are answered with."""
     shape = shape_of([scene.sample for scene in scenes], rows)
     found: dict[int, list[tuple[Record, Item, Reading]]] = {}
     for number, (chunk, result) in enumerate(_sweep(scorer, Buckets(shape, PATIENCE), scenes)):
-        log_probs, top = (np.asarray(x) for x in jax.device_get(result))
-        for row, place in enumerate(chunk):
-            scene, found[place] = scenes[place], []
-            for group, (item, question) in enumerate(zip(scene.items, scene.questions, strict=True)):
-                at = slice(group * shape.targets, group * shape.targets + len(question.tree.targets))
-                found[place].append((scene.record, item, read_question(question, log_probs[row, at], top[row, at])))
+        asked = [scenes[place] for place in chunk]
+        for place, scene, readings in zip(chunk, asked, _readings(asked, result, shape.targets), strict=True):
+            found[place] = [(scene.record, *pair) for pair in zip(scene.items, readings, strict=True)]
         if progress:
             progress((number + 1) * rows, len(scenes))
     return collect([answer for place in range(len(scenes)) for answer in found[place]])
@@ -296,19 +177,27 @@ def ask_records(
 ) -> list[Reading]:
     """What a model says to one question about each of several pictures, in one batch."""
     scenes = [scene_trees(family, prompts, record, (item,)) for record in records]
-    whole = Buckets(shape_of([scene.sample for scene in scenes], len(scenes)))
-    ((chunk, result),) = _sweep(scorer, whole, scenes)
-    log_probs, top = (np.asarray(x) for x in jax.device_get(result))
-    readings: dict[int, Reading] = {}
-    for row, place in enumerate(chunk):
-        question = scenes[place].questions[0]
-        end = len(question.tree.targets)
-        readings[place] = read_question(question, log_probs[row, :end], top[row, :end])
-    return [readings[place] for place in range(len(scenes))]
+    whole = shape_of([scene.sample for scene in scenes], len(scenes))
+    ((chunk, result),) = _sweep(scorer, Buckets(whole), scenes)
+    readings = dict(zip(chunk, _readings([scenes[place] for place in chunk], result, whole.targets), strict=True))
+    return [readings[place][0] for place in range(len(scenes))]
+
+
+def _readings(
+    scenes: Sequence[SceneTrees], result: tuple[jax.Array, jax.Array], targets: int
+) -> Iterator[list[Reading]]:
+    """What a model says to each question of scenes that were scored one a row, `targets` edges to a tree."""
+    scored = [np.asarray(x).reshape(len(x), -1, targets) for x in jax.device_get(result)]
+    for scene, *edges in zip(scenes, *scored):
+        ends = itertools.accumulate(len(question.trees) for question in scene.questions)
+        yield [
+            read_question(question, *(x[end - len(question.trees) : end] for x in edges))
+            for question, end in zip(scene.questions, ends)
+        ]
 
 
 def _sweep(
-    scorer: Scorer, buckets: Buckets, scenes: list[SceneTrees]
+    scorer: Scorer, buckets: Buckets, scenes: Sequence[SceneTrees]
 ) -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
     """Score scenes (by their numbers) in chunks of like ones; the next is on its way before the last one is read."""
     waiting: tuple[list[int], tuple[jax.Array, jax.Array]] | None = None

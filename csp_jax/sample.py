@@ -7,6 +7,7 @@ when every question has its line. The same command goes on from the lines that a
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import zlib
 from collections import Counter
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from csp_jax.config import ParallelConfig
 from csp_jax.data.batch import Packer, Sample, Shape
@@ -155,11 +157,34 @@ def sample_file(
 ) -> int:
     """Answer what has no line yet and write the file; returns how many questions were answered now.
 
-    UserError: an id that stands twice, or lines that were made with another setting.
+    Several processes answer a part each, into a file beside `out` from which as many processes go on; the first one
+    joins them. UserError: an id that stands twice, or lines that were made with another setting.
     """
     twice = [id_ for id_, count in Counter(question.id for question in asked).items() if count > 1]
     if twice:
         raise UserError("two questions have this id", field="id", value=twice[0], mend="Give each its own")
+    count, number = jax.process_count(), jax.process_index()
+    if count == 1 or out.exists():
+        return sample_part(answerer, asked, out, progress)
+    parts = [out.with_name(f"{out.name}.part-{other + 1}-of-{count}") for other in range(count)]
+    own = asked[len(asked) * number // count : len(asked) * (number + 1) // count]
+    answered = sample_part(answerer, own, parts[number], progress)
+    everywhere = int(multihost_utils.process_allgather(np.array(answered)).sum())  # all parts are there behind it
+    if number == 0:
+        whole = out.with_name(out.name + ".partial")
+        with full_disk_named(whole), whole.open("wb") as file:
+            for part in parts:
+                file.write(part.read_bytes())
+        whole.rename(out)
+        for part in out.parent.glob(f"{glob.escape(out.name)}.part-*"):
+            part.unlink()
+    return everywhere
+
+
+def sample_part(
+    answerer: Answerer, asked: Sequence[Question], out: Path, progress: Callable[[int, int], None] | None = None
+) -> int:
+    """`sample_file` in one process."""
     partial = out.with_name(out.name + ".partial")
     done = lines_there(out if out.exists() else partial, dataclasses.asdict(answerer.setting))
     left = [question for question in asked if question.id not in done]

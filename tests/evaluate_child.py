@@ -12,6 +12,7 @@ from csp_jax.data.shards import ShardSource
 from csp_jax.evaluate import evaluate
 from csp_jax.families.registry import open_family
 from csp_jax.models.registry import load_model
+from csp_jax.scenes import open_scenes
 from csp_jax.sharding import make_mesh
 from csp_jax.text import Prompts
 
@@ -19,13 +20,7 @@ if __name__ == "__main__":
     port, hosts, host, folder, limit, out = sys.argv[1:]
     jax.distributed.initialize(f"localhost:{port}", num_processes=int(hosts), process_id=int(host))
     checkpoint = Path(folder) / "checkpoint"
-    answers = evaluate(
-        load_model(checkpoint),
-        open_family(checkpoint),
-        Prompts(),
-        ShardSource(Path(folder) / "world", "test"),
-        make_mesh(ParallelConfig(), jax.local_devices()),
-        rows=2,
-        limit=int(limit),
-    )
+    source = ShardSource(Path(folder) / "world", "test")
+    scenes = open_scenes(open_family(checkpoint), Prompts(), source, limit=int(limit))
+    answers = evaluate(load_model(checkpoint), scenes, make_mesh(ParallelConfig(), jax.local_devices()), rows=2)
     answers.save(Path(out))

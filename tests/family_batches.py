@@ -17,7 +17,7 @@ from csp_jax.losses.sft import SftLoss
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.lora import add_adapter
 from csp_jax.perturb import Schedule
-from csp_jax.train.loop import make_optimizer
+from csp_jax.train.configured import make_optimizer
 from csp_jax.train.state import TrainState, new_state, split_model
 from csp_jax.train.step import make_step
 

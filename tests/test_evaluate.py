@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import socket
 import subprocess
@@ -15,17 +16,19 @@ import jax
 import numpy as np
 import pytest
 import torch
+from loopback import csp_on_hosts
 from tiny import tiny_model, tiny_values, write_folder
 from transformers import LlavaForConditionalGeneration
 
 from csp_jax.calibration.protocols import Shots
 from csp_jax.config import ParallelConfig
 from csp_jax.data.shards import ShardSource
-from csp_jax.evaluate import Answers, Scorer, ask_records, evaluate, example_shots
+from csp_jax.evaluate import Answers, Scorer, ask_records, evaluate
 from csp_jax.families.interface import HostFamily, open_image
 from csp_jax.families.registry import open_family
 from csp_jax.models.registry import load_model, save_model
 from csp_jax.records import Item, Record
+from csp_jax.scenes import example_shots, open_scenes
 from csp_jax.sharding import make_mesh
 from csp_jax.text import Prompts, parse_confidence
 from csp_jax.world import WorldConfig, build
@@ -54,7 +57,8 @@ def asked(ground: Path, devices: int, rows: int, shots: Shots = ()) -> Answers:
     mesh = make_mesh(ParallelConfig(data=devices), jax.devices()[:devices])
     folder = ground / "checkpoint"
     source = ShardSource(ground / "world", "test")
-    return evaluate(load_model(folder), open_family(folder), Prompts(), source, mesh, rows=rows, shots=shots)
+    scenes = open_scenes(open_family(folder), Prompts(), source, shots=shots)
+    return evaluate(load_model(folder), scenes, mesh, rows=rows)
 
 
 class Original:
@@ -164,6 +168,21 @@ def test_hosts_ask_their_parts_and_all_know_all_answers(ground, tmp_path, limit,
         assert found.image_ids == alone.image_ids[:count]
         np.testing.assert_allclose(found.expected, alone.expected[:count], atol=1e-4)
         np.testing.assert_array_equal(found.truth, alone.truth[:count])
+
+
+@pytest.mark.slow
+def test_the_command_on_two_hosts_is_the_command_on_one(ground, tmp_path):
+    """Each asks about its part; the first one prints and saves what all were answered."""
+    arguments = ("eval", ground / "checkpoint", ground / "world", "--rows", 2, "--json", "--out")
+    (alone,) = csp_on_hosts(1, *arguments, tmp_path / "alone.npz")
+    first, second = csp_on_hosts(2, *arguments, tmp_path / "together.npz")
+    assert second == ""
+    for row, wanted in zip(json.loads(first), json.loads(alone), strict=True):
+        assert (row["split"], row["metric"], row["n"]) == (wanted["split"], wanted["metric"], wanted["n"])
+        assert row["value"] == wanted["value"] or row["value"] == pytest.approx(wanted["value"], abs=1e-4)
+    together, wanted = (Answers.load(tmp_path / f"{name}.npz") for name in ("together", "alone"))
+    assert together.ids == wanted.ids
+    np.testing.assert_allclose(together.expected, wanted.expected, atol=1e-4)
 
 
 def test_a_single_question_reads_as_in_the_sweep(ground):

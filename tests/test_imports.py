@@ -23,7 +23,7 @@ ORDER = (
     ("train",),
     ("rollout", "rewards", "calibration"),
     ("policy",),
-    ("evaluate", "report", "plan", "results", "parity", "sample"),
+    ("evaluate", "scenes", "report", "plan", "results", "parity", "sample"),
     ("ask", "demo"),
     ("cli", "__main__"),
 )

@@ -1,9 +1,10 @@
 """How a confidence is read from a model: questions as trees of tokens, and what their scores mean.
 
-For a question with k candidate answers one tree holds: the ordinary question with its candidates as answers, and
-for every candidate the third-person confidence query followed by the prefix tree of all 101 answers 0%..100% in
-the tokenizer's own encodings. One pass scores every edge; from the edges follow, exactly,
-the probability of each percentage, the text that greedy decoding would say, and the probability of each answer.
+A question has a tree for each candidate answer: the third-person confidence query about it, followed by the prefix
+tree of all 101 answers 0%..100% in the tokenizer's own encodings. The first tree holds the ordinary question with its
+candidates as answers, too. A tree attends to itself and the prompt, so one of all candidates would cost more. One pass
+scores every edge; from the edges follow, exactly, the probability of each percentage, the text that greedy decoding
+would say, and the probability of each answer.
 """
 
 from __future__ import annotations
@@ -77,10 +78,10 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class QuestionTree:
-    """One question's tree with its ordinary answers and one confidence choice per candidate."""
+class QuestionTrees:
+    """One question's trees, a candidate's confidence choice in each, and the ordinary answers in the first."""
 
-    tree: Tree
+    trees: tuple[Tree, ...]
     direct: Choice
     confidence: tuple[Choice, ...]
 
@@ -129,28 +130,31 @@ def confidence_choice(
     return _choice(tree, asker, query, CONFIDENCE_ANSWERS, shared, end_scored=False)
 
 
-def question_tree(asker: Asker, item: Item, shared: int, shots: Shots = ()) -> QuestionTree:
-    """The tree of an item; `shared` tokens of every sequence are the prompt's and are cut off."""
-    tree = EdgeTree()
-    direct = _choice(tree, asker, asker.prompts.ask(item.question), item.candidates, shared, end_scored=True)
+def question_trees(asker: Asker, item: Item, shared: int, shots: Shots = ()) -> QuestionTrees:
+    """The trees of an item; `shared` tokens of every sequence are the prompt's and are cut off."""
+    trees = tuple(EdgeTree() for _ in item.candidates)
+    direct = _choice(trees[0], asker, asker.prompts.ask(item.question), item.candidates, shared, end_scored=True)
     confidence = tuple(
-        confidence_choice(tree, asker, item.question, candidate, shared, shots) for candidate in item.candidates
+        confidence_choice(tree, asker, item.question, candidate, shared, shots)
+        for tree, candidate in zip(trees, item.candidates)
     )
-    return QuestionTree(tree.tree, direct, confidence)
+    return QuestionTrees(tuple(tree.tree for tree in trees), direct, confidence)
 
 
 def read_question(
-    question: QuestionTree, log_probs: Float[np.ndarray, " edges"], top: Int[np.ndarray, " edges"]
+    question: QuestionTrees,
+    log_probs: Float[np.ndarray, "trees edges"],
+    top: Int[np.ndarray, "trees edges"],
 ) -> Reading:
-    """The scores of a question's edges as what the model says."""
-    tokens = np.array([target[0] for target in question.tree.targets])
-    said = [choice.greedy(tokens, top) for choice in question.confidence]
+    """The scores of the edges of a question's trees (padded behind) as what the model says."""
+    tokens = [np.array([target[0] for target in tree.targets]) for tree in question.trees]
+    said = [choice.greedy(*edges) for choice, *edges in zip(question.confidence, tokens, top)]
     texts = ["" if number is None else choice.texts[number] for number, choice in zip(said, question.confidence)]
     values = [parse_confidence(text) for text in texts]
-    direct = question.direct.greedy(tokens, top)
+    direct = question.direct.greedy(tokens[0], top[0])
     return Reading(
-        distribution=np.exp([choice.log_probs(log_probs) for choice in question.confidence]),
+        distribution=np.exp([choice.log_probs(edges) for choice, edges in zip(question.confidence, log_probs)]),
         greedy=np.array([np.nan if value is None else value for value in values]),
         direct=-1 if direct is None else direct,
-        direct_log_probs=question.direct.log_probs(log_probs),
+        direct_log_probs=question.direct.log_probs(log_probs[0]),
     )

@@ -17,7 +17,7 @@ def evaluate_command(
     shards: Annotated[Path, typer.Argument(help="a data set's folder")],
     split: Annotated[str, typer.Option()] = "test",
     limit: Annotated[int, typer.Option(min=0, help="records; 0: all")] = 0,
-    rows: Annotated[int, typer.Option(min=1, help="records in a batch")] = 4,
+    rows: Annotated[int, typer.Option(min=1, help="pictures in a batch")] = 4,
     reading: Annotated[str, typer.Option(help="expected or greedy")] = "expected",
     shots: Annotated[int, typer.Option(min=0, help="examples before each confidence query")] = 0,
     shots_split: Annotated[str, typer.Option(help="the split that the examples come from")] = "train",
@@ -26,31 +26,31 @@ def evaluate_command(
     prompts: PromptsFile = "",
     as_json: AsJson = False,
 ) -> None:
-    """Ask a model for its confidence in every candidate answer of a split, and score it."""
+    """Ask a model for its confidence in every candidate answer of a split, and score it; several processes share it."""
     import jax
 
     from csp_jax.config import ParallelConfig
     from csp_jax.data.shards import ShardSource
-    from csp_jax.evaluate import evaluate, example_shots
+    from csp_jax.evaluate import evaluate
     from csp_jax.families.registry import open_family
     from csp_jax.models.registry import load_model
     from csp_jax.results import READINGS, result_rows
+    from csp_jax.scenes import example_shots, open_scenes
     from csp_jax.sharding import make_mesh
+    from csp_jax.train import hosts
     from csp_jax.train.loop import checkpoint_folder, read_prompts
 
     check_choice("--reading", "reading", reading, READINGS)
     configure_jax()
-    folder, source = checkpoint_folder(model), ShardSource(shards, split)
-    answers = evaluate(
-        load_model(folder, adapter=adapter),
-        open_family(folder),
-        read_prompts(prompts),
-        source,
-        make_mesh(ParallelConfig(), jax.local_devices()),
-        limit=limit,
-        rows=rows,
-        shots=example_shots(ShardSource(shards, shots_split), shots) if shots else (),
-    )
+    hosts.join()
+    with hosts.ending_together(lambda: "the others' answers"):
+        folder, source = checkpoint_folder(model), ShardSource(shards, split)
+        examples = example_shots(ShardSource(shards, shots_split), shots) if shots else ()
+        scenes = open_scenes(open_family(folder), read_prompts(prompts), source, limit=limit, shots=examples)
+        mesh = make_mesh(ParallelConfig(), jax.local_devices())
+        answers = evaluate(load_model(folder, adapter=adapter), scenes, mesh, rows=rows)
+    if not hosts.is_first():
+        return
     if out:
         answers.save(out)
     found = result_rows([answers], None, model=folder.name, recipe="", reading=reading)
@@ -102,21 +102,28 @@ def sample(
     dtype: Annotated[str, typer.Option(help="of the computation: float32 or bfloat16")] = "float32",
     prompts: PromptsFile = "",
 ) -> None:
-    """Sample answers to questions about pictures; the same command goes on after an interruption."""
+    """Sample answers to questions about pictures; the same command goes on after an interruption, several processes
+    share the questions."""
     from itertools import islice
 
     from rich.progress import Progress
 
     from csp_jax.sample import Answerer, Setting, questions, sample_file
+    from csp_jax.train import hosts
     from csp_jax.train.loop import checkpoint_folder, read_prompts
 
     check_choice("--dtype", "precision", dtype, ("float32", "bfloat16"))
     configure_jax()
-    asked = list(islice(questions(source, split), limit or None))
-    wanted = read_prompts(prompts).answer
-    setting = Setting(model, samples, seed, max_tokens, temperature, top_k, top_p, wanted, dtype)
-    answerer = Answerer(checkpoint_folder(model), setting, rows)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    hosts.join()
+    with (
+        hosts.ending_together(lambda: "the others' answers"),
+        Progress(console=Console(stderr=True), transient=True, disable=not hosts.is_first()) as bar,
+    ):
+        asked = list(islice(questions(source, split), limit or None))
+        wanted = read_prompts(prompts).answer
+        setting = Setting(model, samples, seed, max_tokens, temperature, top_k, top_p, wanted, dtype)
+        answerer = Answerer(checkpoint_folder(model), setting, rows)
         task = bar.add_task("batches", total=None)
         now = sample_file(answerer, asked, out, lambda done, total: bar.update(task, completed=done, total=total))
-    typer.echo(f"{samples} answers to each of {len(asked)} questions ({now} of them answered now): {out}")
+    if hosts.is_first():
+        typer.echo(f"{samples} answers to each of {len(asked)} questions ({now} of them answered now): {out}")

@@ -106,7 +106,7 @@ def plan(
     settings: Annotated[list[str] | None, typer.Option("--set", help="field=value, such as batch.rows=32")] = None,
     only: Annotated[bool, typer.Option("--only", help="as configured; try nothing else")] = False,
     write: Annotated[Path | None, typer.Option(help="folder for the recommended configurations")] = None,
-    out: Annotated[Path | None, typer.Option(help="a JSON file to keep the rows in")] = None,
+    out: Annotated[Path | None, typer.Option(help="a JSON file of rows: its best begin, these join")] = None,
     packages: Annotated[Path | None, typer.Option(help="where the compilers are, if installed apart")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -122,7 +122,10 @@ def plan(
             typer.echo(made.page())
 
     say = Console(stderr=True, highlight=False).print
-    plans = run.make_plans(configs, target, overrides=settings or [], packages=packages, only=only, done=done, say=say)
+    before = run.read_rows(out) if out else []
+    plans = run.make_plans(
+        configs, target, overrides=settings or [], packages=packages, only=only, before=before, done=done, say=say
+    )
     if as_json:
         print_rows([row for made in plans for row in made.rows()], True, "")
     if not all(made.fits for made in plans):

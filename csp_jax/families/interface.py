@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import io
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,31 +89,27 @@ class HostFamily(abc.ABC):
                 mend="config.json and the tokenizer's files must be of one checkpoint",
             )
 
-    def pieces(self, text: str) -> Iterable[tuple[int, int]]:
-        """Tokens of a text, each with the place in the text where it ends; each picture is one `image_token`."""
+    def pieces(self, text: str) -> tuple[list[int], list[int]]:
+        """Tokens of a text, and the places in the text where they end; each picture is one `image_token`."""
         encoding = self.tokenizer.encode(text)
         mark = self.tokenizer.token_to_id(self.image_mark)
-        for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            yield self.image_token if token == mark else token, end
+        tokens = [self.image_token if token == mark else token for token in encoding.ids]
+        return tokens, [end for _, end in encoding.offsets]
 
     def encode(self, question: str, answer: str | None, slots: tuple[int, ...]) -> Encoded:
         """Tokens of a question about pictures (`slots` of each) and, if given, of its answer and end mark."""
         prompt = self.conversation(question, len(slots))
         text = prompt if answer is None else f"{prompt}{self.before_answer}{answer}{self.end_of_answer}"
-        tokens: list[int] = []
-        marks: list[bool] = []
-        picture = 0
-        for token, end in self.pieces(text):
-            count = 1
-            if token == self.image_token:
-                if picture == len(slots):
-                    raise UserError("the text holds an image mark of its own", value=question[:80], mend="Remove it")
-                count = slots[picture]
-                picture += 1
-            tokens.extend([token] * count)
-            marks.extend([end > len(prompt)] * count)
-        if picture != len(slots):
-            raise ValueError(f"{picture} image slots in the prompt for {len(slots)} pictures")
+        tokens, ends = self.pieces(text)
+        marks = [end > len(prompt) for end in ends]
+        pictures = [place for place, token in enumerate(tokens) if token == self.image_token]
+        if len(pictures) > len(slots):
+            raise UserError("the text holds an image mark of its own", value=question[:80], mend="Remove it")
+        if len(pictures) < len(slots):
+            raise ValueError(f"{len(pictures)} image slots in the prompt for {len(slots)} pictures")
+        for place, count in reversed(list(zip(pictures, slots))):
+            tokens[place : place + 1] = tokens[place : place + 1] * count
+            marks[place : place + 1] = marks[place : place + 1] * count
         return Encoded(tuple(tokens), tuple(marks))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -76,17 +75,21 @@ class Phi3VisionHost(HostFamily):
         pictures = "".join(f"<|image_{number + 1}|>\n" for number in range(images))
         return f"<|user|>\n{pictures}{question}<|end|>\n<|assistant|>\n"
 
-    def pieces(self, text: str) -> Iterable[tuple[int, int]]:
+    def pieces(self, text: str) -> tuple[list[int], list[int]]:
         """The text between pictures is tokenized piece by piece, each with its own beginning-of-text token."""
+        tokens: list[int] = []
+        ends: list[int] = []
         start = 0
         for picture in [*PICTURE.finditer(text), None]:
             stop = len(text) if picture is None else picture.start()
             encoding = self.tokenizer.encode(text[start:stop])
-            for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                yield token, start + end
+            tokens += encoding.ids
+            ends += [start + end for _, end in encoding.offsets]
             if picture is not None:
                 start = picture.end()
-                yield IMAGE_SLOT, start
+                tokens.append(IMAGE_SLOT)
+                ends.append(start)
+        return tokens, ends
 
     def regime(self, length: int, *, train: bool = False) -> float:
         return float(length > self.short)

@@ -22,6 +22,7 @@ from csp_jax.models.splash import splash_attention
 from csp_jax.sharding import split_kernel
 
 NEGATIVE = -1e30
+BOTH_WAYS = "both_ways"  # the scope of attention that is not causal, in the names of what is compiled
 
 # Besides `xla`. Kernels of ours for all queries on the prompt's keys; and who computes the prompt's own attention.
 # The second of each pair is the same without the hardware, for tests.
@@ -51,6 +52,22 @@ class Layout:
     size: int = struct.field(pytree_node=False)  # of the prompt
     groups: int = struct.field(pytree_node=False)
     backend: str = struct.field(pytree_node=False, default="xla")
+
+
+@struct.dataclass
+class Span:
+    """The interval of tokens that each token sees, for one of `KERNELS`; empty for padding."""
+
+    first: Int[Array, "batch tokens"]
+    last: Int[Array, "batch tokens"]
+    backend: str = struct.field(pytree_node=False)
+
+
+def segment_span(segment: Int[Array, "batch tokens"], backend: str) -> Span:
+    """Every token sees its whole segment; 0 is padding."""
+    first = segment_starts(segment)
+    last = segment.shape[1] - 1 - segment_starts(segment[:, ::-1])[:, ::-1]
+    return Span(jnp.where(segment > 0, first, 1), jnp.where(segment > 0, last, 0), backend)
 
 
 def segment_starts(segment: Int[Array, "batch prompt"]) -> Int[Array, "batch prompt"]:
@@ -145,6 +162,17 @@ def attend_alone(
     )
     out = jnp.where(real[..., None, None], out, 0)
     return keep(jnp.where(alone[:, None, None, None], out, jnp.nan))
+
+
+def attend_span(
+    q: Float[Array, "batch tokens heads dim"],
+    k: Float[Array, "batch tokens kv_heads dim"],
+    v: Float[Array, "batch tokens kv_heads dim"],
+    span: Span,
+) -> Float[Array, "batch tokens heads dim"]:
+    """Attention of each token to an interval of them, by the kernel; zeros for padding."""
+    with jax.named_scope(BOTH_WAYS):
+        return split_kernel(KERNELS[span.backend], k.shape[2])(q, k, v, span.first, span.last)[0]
 
 
 def attend_tree(

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from csp_jax.data.batch import Batch
-from csp_jax.models.attention import rope_frequencies, segment_starts
+from csp_jax.models.attention import KERNELS, Span, rope_frequencies, segment_span, segment_starts
 from csp_jax.models.blocks import LayerNorm, Linear, Mlp, scan_layers, stack_layers
 from csp_jax.models.cells import Cells, lay_cells
 from csp_jax.models.checkpoint_map import FRAMES, SAME, Tensor, fused, layer_tensors, linear, norm, split_rows
@@ -107,16 +107,19 @@ class Qwen2Vision(nnx.Module):
         self.merger = Mlp(group * width, group * width, out, activation="gelu", dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, pixels: Float[Array, "batch cells side side 3"], cells: Cells, remat: Callable | None
+        self, pixels: Float[Array, "batch cells side side 3"], cells: Cells, remat: Callable | None, attention: str
     ) -> Float[Array, "batch cells out"]:
-        """One feature a cell."""
+        """One feature a cell; a patch sees those of its picture."""
         batch, count, side = pixels.shape[:3]
         group = self.config.merge_size**2
         patches = patchify(pixels.reshape(-1, side, side, 3), self.config.patch_size)
         x = self.patch(jnp.tile(patches.reshape(batch, count * group, -1), FRAMES_A_PATCH))
         picture = jnp.repeat(cells.picture, group, axis=1)
         used = jnp.repeat(cells.used, group, axis=1)
-        mask = (picture[:, :, None] == picture[:, None, :]) & used[:, None, :]
+        if attention in KERNELS:
+            mask: Array | Span = segment_span(jnp.where(used, picture + 1, 0), attention)
+        else:
+            mask = (picture[:, :, None] == picture[:, None, :]) & used[:, None, :]
         tables = self._tables(cells)
         x = scan_layers(self.layers, x, lambda layer, x: layer(x, mask, tables), remat)
         return self.merger(self.merge_norm(x).reshape(batch, count, -1))
@@ -160,7 +163,7 @@ class Qwen2VL(VisionLanguageModel):
         grid: Int[Array, "batch pictures 2"] | None = None,
         remat: Callable | None = None,
     ) -> Float[Array, "batch features width"]:
-        return self.vision(pixels, self._cells(grid, pixels.shape[1]), remat)
+        return self.vision(pixels, self._cells(grid, pixels.shape[1]), remat, self.attention)
 
     @staticmethod
     def _cells(grid: Int[Array, "batch pictures 2"] | None, count: int) -> Cells:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from csp_jax.models.blocks import keep
 from csp_jax.models.interval_attention import NOTHING, Intervals, Outputs, Plan, find_blocks
 
-BITS = 15  # of a place among the keys
+BITS = 16  # of a place among the keys; two fill a number
 LANES = 128  # blocks are multiples of these
 
 
@@ -35,7 +35,7 @@ def splash_attention(
 ) -> Outputs:
     """Softmax attention of each query over keys `first <= index <= last`, and the log-sum-exp of its logits.
 
-    As `interval_attention`. `interpret` runs the kernel without a TPU. ValueError beyond 32767 keys.
+    As `interval_attention`. `interpret` runs the kernel without a TPU. ValueError beyond 65535 keys.
     """
     if k.shape[1] >= 1 << BITS:
         raise ValueError(f"{k.shape[1]} keys: the kernel tells {(1 << BITS) - 1} apart")
@@ -61,7 +61,8 @@ def _by_head(x: Float[Array, "batch tokens heads dim"], block: int) -> Float[Arr
 
 def _within(interval: Array, key: Array) -> Array:
     """The mask, computed on the chip from what `_masks` wrote."""
-    return (interval >> BITS <= key) & (key <= interval & ((1 << BITS) - 1))
+    first = jax.lax.shift_right_logical(interval, BITS)
+    return (first <= key) & (key <= interval & ((1 << BITS) - 1))
 
 
 def _masks(plan: Plan, row: Intervals) -> tuple[MaskInfo, MaskInfo]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from csp_jax.models.attention import attend, rotate
+from csp_jax.models.attention import Span, attend, attend_span, rotate
 from csp_jax.models.blocks import LayerNorm, Linear, Mlp, RMSNorm, keep, scan_layers, stack_layers
 from csp_jax.models.checkpoint_map import CONV, SAME, Tensor, layer_tensors, linear, norm
 
@@ -57,7 +57,7 @@ class VisionAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "images tokens width"],
-        mask: Bool[Array, "images tokens tokens"] | None,
+        mask: Bool[Array, "images tokens tokens"] | Span | None,
         tables: tuple[Array, ...] | None,
     ) -> Float[Array, "images tokens width"]:
         split = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
@@ -68,7 +68,8 @@ class VisionAttention(nnx.Module):
         if tables is not None:
             q, k = rotate(q, tables), rotate(k, tables)
         q, k, v = (keep(part) for part in (q, k, v))
-        return keep(self.out(attend(q, k, v, mask).reshape(x.shape)))
+        seen = attend_span(q, k, v, mask) if isinstance(mask, Span) else attend(q, k, v, mask)
+        return keep(self.out(seen.reshape(x.shape)))
 
 
 class VisionLayer(nnx.Module):
@@ -89,7 +90,7 @@ class VisionLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "images tokens width"],
-        mask: Bool[Array, "images tokens tokens"] | None = None,
+        mask: Bool[Array, "images tokens tokens"] | Span | None = None,
         tables: tuple[Array, ...] | None = None,
     ) -> Float[Array, "images tokens width"]:
         """`mask`: which patches see each other (None: all); `tables`: rotary cosines and sines."""

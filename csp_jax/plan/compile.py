@@ -20,6 +20,9 @@ GPU_OPTIONS: dict[str, Any] = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     # Kernels of its own are chosen by timing them, which needs a device; cuBLAS needs none.
     "xla_gpu_enable_triton_gemm": False,
+    # Schedule and memory are settled before code is generated; this code is never run.
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
 }
 # libtpu asks the machine what it is; here it is told.
 TPU_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LOG_DIR": "disabled"}

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from csp_jax.models.attention import BOTH_WAYS
+
 _SIZES = {
     4: "s4 u4",
     8: "pred s8 u8 f8e4m3fn f8e5m2",
@@ -23,6 +25,11 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _ARRAY = re.compile(r"\b([a-z]+[0-9a-z]*)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _NAME = re.compile(r"%([\w.\-]+)")
+_PROGRAM = re.compile(r' ir = "[^"]*"')  # of a Triton kernel, with line breaks in it
+_KERNEL = re.compile(r'op_name="[^"]*\b(interval_attention\w*)\)*/pallas_call')
+# Of the attention kernels: products of a query with a key or a value that each computes for a pair; their blocks' size.
+KERNEL_PRODUCTS = {"interval_attention": 2, "interval_attention_dq": 3, "interval_attention_dkv": 4}
+BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +121,7 @@ def parse(text: str) -> Program:
     """The text of a compiled module (`Compiled.as_text()`)."""
     computations: dict[str, Computation] = {}
     entry, name, lines = "", "", list[Instruction]()
-    for line in text.splitlines():
+    for line in _PROGRAM.sub("", text).splitlines():
         head = _HEAD.match(line)
         if head and " = " not in line.split("->")[0]:
             name, lines = head.group(2), []
@@ -156,9 +163,11 @@ def trip_count(instruction: Instruction) -> int:
 
 
 def product_flops(instruction: Instruction, where: Computation) -> float:
-    """Multiplications and additions of a matrix product or convolution; 0 for everything else."""
+    """Multiplications and additions of a matrix product, convolution or attention kernel; 0 for everything else."""
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, where)
+    if kernel_name(instruction):
+        return kernel_flops(instruction, where)
     product = instruction.opcode == "dot" or "matmul" in (instruction.attribute("custom_call_target") or "")
     if not product or instruction.operands[0] not in where.by_name:
         return 0.0
@@ -166,6 +175,29 @@ def product_flops(instruction: Instruction, where: Computation) -> float:
     found = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^}\]]*)', instruction.attributes)
     summed = [left[int(number)] for number in re.findall(r"\d+", found.group(1))] if found else []
     return 2.0 * math.prod(instruction.arrays[0][1]) * math.prod(summed)
+
+
+def kernel_name(instruction: Instruction) -> str | None:
+    """Which of our attention kernels an instruction calls."""
+    found = _KERNEL.search(instruction.attributes) if instruction.opcode == "custom-call" else None
+    return found.group(1) if found else None
+
+
+def kernel_flops(instruction: Instruction, where: Computation) -> float:
+    """Products inside an attention kernel, for prompts without padding and a picture that fills its row.
+
+    Which pairs are computed is known when it runs only; the shapes say the most that it can be. Patches of a picture
+    see all of it. Elsewhere as many queries as
+    there are keys are the prompt's own and see what is before them: half of the pairs, and whole blocks on the
+    diagonal. Those behind them (or all, where they are fewer) belong to branches and see the whole prompt.
+    """
+    (_, (batch, queries, *heads, width)), (_, (_, keys, *_)) = (
+        where.by_name[name].arrays[0] for name in instruction.operands[:2]
+    )
+    causal = queries >= keys and BOTH_WAYS not in instruction.attributes
+    own = keys if causal else 0
+    pairs = own * (own + BLOCK) / 2 + (queries - own) * keys
+    return KERNEL_PRODUCTS[kernel_name(instruction) or ""] * 2.0 * batch * math.prod(heads) * pairs * width
 
 
 def _convolution_flops(instruction: Instruction, where: Computation) -> float:

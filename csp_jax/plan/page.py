@@ -23,6 +23,7 @@ def row(name: str, target: Target, trial: Trial, recommended: bool) -> dict[str,
         "mesh": candidate.mesh,
         "batch": {"rows": candidate.rows, "accumulation": candidate.accumulation},
         "remat": candidate.remat,
+        "attention": candidate.attention,
         "parameters": found.get("parameters"),
         "bytes_parameters": found.get("bytes_a_device", {}).get("parameters"),
         "bytes_optimizer": found.get("bytes_a_device", {}).get("optimizer"),
@@ -144,8 +145,8 @@ def _work(trial: Trial, target: Target) -> list[str]:
 def markdown(found: list[dict[str, Any]]) -> str:
     """The recommended row of every configuration and target as a table."""
     head = (
-        "| configuration | target | mesh | rows x accumulation | remat | peak of available, GiB | sent, GiB | "
-        "TFLOP an update | estimated MFU |"
+        "| configuration | target | mesh | rows x accumulation | remat | attention | "
+        "peak of available, GiB | sent, GiB | TFLOP an update | estimated MFU |"
     )
     lines = [head, "|---" * (head.count("|") - 1) + "|"]
     for row in found:
@@ -156,6 +157,6 @@ def markdown(found: list[dict[str, Any]]) -> str:
         memory = f"{row['bytes_peak'] / GIB:.1f} of {row['bytes_available'] / GIB:.1f}"
         sent = f"{sum(row['collectives'].values()) / GIB:.1f}"
         work, mfu = f"{row['flops_useful'] / 1e12:,.0f}", f"{row['estimated_mfu']:.0%}"
-        cells = (row["config"], row["target"], mesh, batch, row["remat"], memory, sent, work, mfu)
-        lines.append(f"| {' | '.join(cells)} |")
+        how = (row["remat"], row["attention"])
+        lines.append(f"| {' | '.join((row['config'], row['target'], mesh, batch, *how, memory, sent, work, mfu))} |")
     return "\n".join(lines) + "\n"

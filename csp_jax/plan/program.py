@@ -14,15 +14,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from csp_jax.config import TrainConfig
-from csp_jax.data.batch import Batch, Shape, empty_batch, with_policy
+from csp_jax.data.batch import Batch, empty_batch, with_policy
 from csp_jax.families.registry import open_family
-from csp_jax.models.decoder import DecoderConfig
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.registry import abstract_model
 from csp_jax.sharding import batch_sharding, compile_step, state_shardings
-from csp_jax.train.flops import masked_attention_flops, product_flops
-from csp_jax.train.loop import batch_shape, configured_step, make_optimizer, wrap_model
+from csp_jax.train.configured import configured_step, make_optimizer
+from csp_jax.train.flops import update_flops
+from csp_jax.train.loop import batch_shape, wrap_model
 from csp_jax.train.state import TrainState, new_state, split_model
 
 
@@ -36,8 +36,6 @@ class StepProgram:
     state: TrainState
     shardings: TrainState
     window: Batch
-    shape: Shape
-    text: DecoderConfig
 
     def lower(self) -> jax.stages.Lowered:
         """The step, traced and partitioned, ready to be compiled."""
@@ -49,14 +47,7 @@ class StepProgram:
 
     def useful_flops(self) -> float:
         """Of one update, all devices together (see `train.flops`)."""
-        plain = self.config.model_copy(update={"model": self.config.model.model_copy(update={"remat": "none"})})
-        model = nnx.merge(self.graphdef, self.state.trainable, self.state.frozen)
-        model.attention = "xla"  # products within a kernel cannot be counted
-        graphdef, _, _ = split_model(model, plain.model.freeze)
-        step = configured_step(plain, graphdef, self.optimizer(), self.mesh)
-        whole = product_flops(jax.make_jaxpr(step)(self.state, self.window).jaxpr)
-        samples = self.config.data.recipe.shape.samples
-        return whole - masked_attention_flops(self.text, self.shape, self.config.batch.accumulation, samples)
+        return update_flops(self.config, self.graphdef, self.state, self.window, self.mesh)
 
     def parameters(self) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((self.state.trainable, self.state.frozen)))
@@ -109,6 +100,4 @@ def step_program(config: TrainConfig, folder: Path, mesh: Mesh) -> StepProgram:
         state,
         state_shardings(mesh, state),
         jax.tree.map(window, whole),
-        shape,
-        model.decoder.config,
     )

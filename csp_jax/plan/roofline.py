@@ -11,13 +11,15 @@ from collections import Counter
 
 import numpy as np
 
-from csp_jax.plan.hlo import Computation, Instruction, Program, array_bytes, replica_groups, trip_count
+from csp_jax.plan.hlo import Computation, Instruction, Program, array_bytes, kernel_name, replica_groups, trip_count
 from csp_jax.plan.targets import Target
 
 PRODUCTS, TRAFFIC, WIRES = 0.80, 0.85, 0.80  # of the published peaks
+ATTENTION = 0.30  # of the peak: products within the attention kernel, between which it computes exponentials
 KERNEL, NEAR, FAR = 3e-6, 10e-6, 30e-6  # seconds that a kernel, a collective in a host and one between hosts take
 ASSUMPTIONS = (
     f"matrix products reach {PRODUCTS:.0%} of the card's bfloat16 peak, whatever their shape",
+    f"within the attention kernel they reach {ATTENTION:.0%}, and its prompts have no padding",
     f"every kernel reads its operands and writes its results once, at {TRAFFIC:.0%} of the memory bandwidth",
     f"a collective moves its bytes at {WIRES:.0%} of the links' bandwidth in one direction, beside the kernels that the"
     " compiler's schedule puts between its start and its end",
@@ -166,7 +168,8 @@ class Schedule:
         elif instruction.opcode not in FREE:
             card = self.target.card
             cost.flops = self.program.flops(instruction, where)
-            cost.products = cost.flops / (card.flops * PRODUCTS)
+            reached = ATTENTION if kernel_name(instruction) else PRODUCTS
+            cost.products = cost.flops / (card.flops * reached)
             cost.traffic = traffic_bytes(self.program, instruction, where) / (card.bandwidth * TRAFFIC)
             for part in self.program.collectives(instruction):  # TPUs fuse them with what runs meanwhile
                 size, seconds = wire_cost(part, self.target)

@@ -18,7 +18,7 @@ from csp_jax.plan import page
 from csp_jax.plan.compilers import Compiler
 from csp_jax.plan.search import Candidate, Trial, recommend, search
 from csp_jax.plan.targets import Target, parse_target
-from csp_jax.train.compute import check_attention
+from csp_jax.train.configured import check_attention
 from csp_jax.world import BASE
 
 
@@ -42,6 +42,9 @@ def model_folder(config: TrainConfig, file: Path) -> Path:
         value=name,
         mend=f"Put its config.json into {folders[1]}",
     )
+
+
+Known = tuple[Path, str, int]  # a model's folder, a card and how many of them a host has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +80,14 @@ def make_plans(
     overrides: Sequence[str] = (),
     packages: Path | None = None,
     only: bool = False,
+    before: Sequence[dict[str, Any]] = (),
     done: Callable[[Plan], None] = lambda plan: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Plan]:
     """Every configuration on every target; what was best for a model on a card is where its next search begins.
 
-    `only`: the configurations as they are, nothing else is tried. `done` is told of every plan as it is made.
+    `only`: the configurations as they are, nothing else is tried. `before`: rows of earlier plans, whose best counts,
+    too. `done` is told of every plan as it is made.
     """
     jobs = [(file, load_config(TrainConfig, file, list(overrides))) for file in files]
     for target in map(parse_target, targets):
@@ -90,7 +95,7 @@ def make_plans(
             check_compiles(config, file, target)
     folders = {file: model_folder(config, file) for file, config in jobs}
     plans: list[Plan] = []
-    known: dict[tuple[Path, str, int], Candidate] = {}
+    known = best_of(before, files[0].resolve().parents[1]) if before else {}
     for target in map(parse_target, targets):
         with Compiler(target, packages) as compiler:
             for file, config in jobs:
@@ -127,6 +132,19 @@ def check_compiles(config: TrainConfig, file: Path, target: Target) -> None:
         )
 
 
+def best_of(rows: Sequence[dict[str, Any]], configs: Path) -> dict[Known, Candidate]:
+    """Of each model on each card, the recommended candidate with the highest estimate; `configs` is the folder above
+    the configurations that the rows name."""
+    known: dict[Known, Candidate] = {}
+    for row in sorted(rows, key=lambda row: row["estimated_mfu"] or 0.0):
+        file = configs / f"{row['config']}.yaml"
+        if row["recommended"] and file.exists():
+            target = parse_target(row["target"])
+            key = (model_folder(load_config(TrainConfig, file), file), target.card.name, target.per_host)
+            known[key] = Candidate(**row["mesh"], **row["batch"], remat=row["remat"], attention=row["attention"])
+    return known
+
+
 def say_of(name: str, say: Callable[[str], None], text: str) -> None:
     """Pass on what a search says, under its configuration's name."""
     say(f"{name} on {text}")
@@ -142,9 +160,14 @@ def _scaled(known: Candidate | None, config: TrainConfig, target: Target) -> Can
     return grown.with_rows(rows, config.batch.rows * config.batch.accumulation)
 
 
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows that `save_rows` wrote; none where there is no file."""
+    return json.loads(file.read_text()) if file.exists() else []
+
+
 def save_rows(file: Path, plans: Sequence[Plan]) -> None:
     """The rows of all plans as JSON; rows of other configurations and targets that the file holds stay."""
-    rows = json.loads(file.read_text()) if file.exists() else []
+    rows = read_rows(file)
     made = {(plan.name, str(plan.target)) for plan in plans}
     rows = [row for row in rows if (row["config"], row["target"]) not in made]
     rows += [row for plan in plans for row in plan.rows()]
@@ -168,9 +191,10 @@ def write_config(folder: Path, plan: Plan) -> Path | None:
         + ("." if candidate.update == before else f" ({before} there): learning rate and warm-up are to be tuned."),
     ]
     name = f"{plan.file.stem}-{str(plan.target).replace(':', '-')}.yaml"
+    attention = {} if candidate.attention == plan.config.model.attention else {"attention": candidate.attention}
     values = {
         "extends": os.path.relpath(plan.file, folder),
-        "model": {"remat": candidate.remat},
+        "model": {"remat": candidate.remat, **attention},
         "batch": {"rows": candidate.rows, "accumulation": candidate.accumulation},
         "parallel": candidate.mesh,
         "run": {"out": f"runs/{Path(name).stem}"},

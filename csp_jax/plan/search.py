@@ -27,13 +27,15 @@ class Candidate:
     rows: int
     accumulation: int
     remat: str
+    attention: str = "xla"
 
     @classmethod
     def of(cls, config: TrainConfig, target: Target) -> Candidate:
         """A configuration on a target, the mesh completed; UserError if it does not divide."""
         mesh = config.parallel
         data = mesh.data if mesh.data != -1 else max(target.devices // (mesh.fsdp * mesh.tensor), 1)
-        found = cls(data, mesh.fsdp, mesh.tensor, config.batch.rows, config.batch.accumulation, config.model.remat)
+        batch, model = config.batch, config.model
+        found = cls(data, mesh.fsdp, mesh.tensor, batch.rows, batch.accumulation, model.remat, model.attention)
         if data * mesh.fsdp * mesh.tensor != target.devices:
             raise UserError(
                 f"the mesh takes {data * mesh.fsdp * mesh.tensor} devices, {target} has {target.devices}",
@@ -74,7 +76,7 @@ class Candidate:
             update={
                 "parallel": config.parallel.model_copy(update=self.mesh),
                 "batch": config.batch.model_copy(update={"rows": self.rows, "accumulation": self.accumulation}),
-                "model": config.model.model_copy(update={"remat": self.remat}),
+                "model": config.model.model_copy(update={"remat": self.remat, "attention": self.attention}),
             }
         )
 
@@ -120,7 +122,7 @@ def start_on(config: TrainConfig, target: Target) -> Candidate:
     data = target.devices // fsdp
     rows_a_device = max(config.batch.rows // (config.parallel.fsdp * max(config.parallel.data, 1)), 1)
     update = config.batch.rows * config.batch.accumulation
-    first = Candidate(data, fsdp, 1, 1, 1, config.model.remat)
+    first = Candidate(data, fsdp, 1, 1, 1, config.model.remat, config.model.attention)
     return first.with_rows(rows_a_device * first.split, update)
 
 
@@ -150,8 +152,8 @@ def search(
 ) -> list[Trial]:
     """Everything that was tried, in order; `only`: the start alone.
 
-    Down until something fits, then (`climb`) up in rows while that fits and is worth it. An update keeps its size
-    where the devices allow it.
+    Down until something fits, then (`climb`) up in rows while that fits and is worth it, and the best of these with the
+    attention kernel where there is one. An update keeps its size where the devices allow it.
     """
     update = config.batch.rows * config.batch.accumulation
     trials: list[Trial] = []
@@ -178,6 +180,11 @@ def search(
         before, trial = trial.mfu, attempt(following)
         if trial.mfu < WORTH * before:
             break
+    best = recommend(trials)
+    if climb and best and target.card.platform == "cuda":
+        kernel = dataclasses.replace(best.candidate, attention="pallas")
+        if _untried(kernel, trials):
+            attempt(kernel)
     return trials
 
 
@@ -194,4 +201,5 @@ def describe(candidate: Candidate) -> str:
     """A candidate in words."""
     mesh = " x ".join(f"{name} {size}" for name, size in candidate.mesh.items())
     rows = f"{candidate.rows} rows ({candidate.rows_a_device:g} a device) x {candidate.accumulation}"
-    return f"{mesh}, {rows}, remat {candidate.remat}"
+    attention = "" if candidate.attention == "xla" else f", attention {candidate.attention}"
+    return f"{mesh}, {rows}, remat {candidate.remat}{attention}"

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Literal
 
 from csp_jax.errors import UserError
+from csp_jax.train import peaks
 
 Platform = Literal["cuda", "tpu"]
 DEFAULT_CARD = "a100-80g"
@@ -50,12 +51,12 @@ class Card:
 CARDS = {
     card.name: card
     for card in (
-        Card("a100-80g", "cuda", 85_100_068_864, 312e12, 2039e9, 300e9, 25e9, 0.92),
-        Card("a100-40g", "cuda", 42_298_834_944, 312e12, 1555e9, 300e9, 25e9, 0.92),
-        Card("h100-80g", "cuda", 84_929_347_584, 989e12, 3352e9, 450e9, 50e9, 0.92),
-        Card("v5e", "tpu", 17_179_869_184, 197e12, 819e9, 90e9, 6.25e9, 1.0),
-        Card("v5p", "tpu", 102_005_473_280, 459e12, 2765e9, 180e9, 6.25e9, 1.0, (3,)),
-        Card("v6e", "tpu", 34_359_738_368, 918e12, 1640e9, 180e9, 12.5e9, 1.0),
+        Card("a100-80g", "cuda", 85_100_068_864, peaks.A100, 2039e9, 300e9, 25e9, 0.92),
+        Card("a100-40g", "cuda", 42_298_834_944, peaks.A100, 1555e9, 300e9, 25e9, 0.92),
+        Card("h100-80g", "cuda", 84_929_347_584, peaks.H100, 3352e9, 450e9, 50e9, 0.92),
+        Card("v5e", "tpu", 17_179_869_184, peaks.V5E, 819e9, 90e9, 6.25e9, 1.0),
+        Card("v5p", "tpu", 102_005_473_280, peaks.V5P, 2765e9, 180e9, 6.25e9, 1.0, (3,)),
+        Card("v6e", "tpu", 34_359_738_368, peaks.V6E, 1640e9, 180e9, 12.5e9, 1.0),
     )
 }
 

@@ -11,8 +11,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from csp_jax.data.batch import Shape
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from csp_jax.config import TrainConfig
+from csp_jax.data.batch import Batch
 from csp_jax.models.decoder import DecoderConfig
+from csp_jax.train.configured import configured_step, make_optimizer
+from csp_jax.train.state import TrainState, split_model
 
 
 def product_flops(jaxpr: Any) -> float:
@@ -47,14 +54,56 @@ def _inner(params: dict[str, Any]) -> list[Any]:
     return found
 
 
-def masked_attention_flops(text: DecoderConfig, shape: Shape, micro_batches: int, samples: int = 1) -> float:
-    """Of attention on prompts, forward and backward: pairs that come later, or lie apart where `samples` share a row.
+def masked_attention_flops(
+    text: DecoderConfig, rows: int, prompt: int, *, samples: int = 1, fed: int = 0, scored: int = 0
+) -> float:
+    """Of attention to the prompts of so many rows, forward and backward: the pairs that come later, and those that lie in
+    different samples, where `samples` share a row and its `fed` and `scored` tokens.
 
     The last layer computes no prompt queries. A product with keys and one with values forward, two of each backward.
     """
-    own = shape.prompt / samples
-    others = shape.prompt - own
-    among_prompts = shape.prompt**2 - samples * own * (own + 1) / 2
-    layers = text.num_layers - 1
-    pairs = layers * (among_prompts + shape.groups * shape.length * others) + shape.groups * shape.targets * others
-    return 2 * 3 * 2.0 * pairs * text.num_heads * text.head_dim * shape.rows * micro_batches
+    own = prompt / samples
+    others, layers = prompt - own, text.num_layers - 1
+    pairs = layers * (prompt**2 - samples * own * (own + 1) / 2 + fed * others) + scored * others
+    return 2 * 3 * 2.0 * pairs * text.num_heads * text.head_dim * rows
+
+
+def update_flops(config: TrainConfig, graphdef: nnx.GraphDef, state: TrainState, window: Batch, mesh: Mesh) -> float:
+    """Useful work of one update on all devices of a mesh; shapes do in place of arrays, those of all rows."""
+    parts = {"model": {"remat": "none"}, "parallel": {"strategy": "mesh"}}
+    plain = config.model_copy(update={name: getattr(config, name).model_copy(update=to) for name, to in parts.items()})
+    model = nnx.merge(graphdef, state.trainable, state.frozen)
+    model.attention = "xla"  # products within a kernel cannot be counted
+    graphdef, _, _ = split_model(model, plain.model.freeze)
+    step = configured_step(plain, graphdef, make_optimizer(plain.optimizer, 100), mesh)
+    whole = product_flops(jax.make_jaxpr(step)(state, window).jaxpr)
+    micro_batches, rows, prompt = window.prompt_tokens.shape
+    samples, fed, scored = config.data.recipe.shape.samples, window.tokens.shape[2], window.target_token.shape[2]
+    masked = masked_attention_flops(
+        model.decoder.config, micro_batches * rows, prompt, samples=samples, fed=fed, scored=scored
+    )
+    return whole - masked
+
+
+class UpdateFlops:
+    """Useful work of a run's updates; those whose batches have the same shapes are counted once."""
+
+    def __init__(self, config: TrainConfig, graphdef: nnx.GraphDef, state: TrainState, mesh: Mesh):
+        self._config, self._graphdef, self._mesh = config, graphdef, mesh
+        self._state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        self._known: dict[tuple[tuple[int, ...], ...], float] = {}
+
+    def __call__(self, batch: Batch) -> float:
+        """Of an update on a batch of which this host has its part of the rows."""
+        hosts = jax.process_count()
+        leaves = jax.tree.leaves(batch)
+        key = tuple(leaf.shape for leaf in leaves)
+        if key not in self._known:
+
+            def everywhere(leaf: Any) -> jax.ShapeDtypeStruct:
+                micro_batches, rows, *rest = leaf.shape
+                return jax.ShapeDtypeStruct((micro_batches, rows * hosts, *rest), leaf.dtype)
+
+            window = jax.tree.map(everywhere, batch)
+            self._known[key] = update_flops(self._config, self._graphdef, self._state, window, self._mesh)
+        return self._known[key]

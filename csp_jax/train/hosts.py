@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -14,7 +16,7 @@ import jax
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from csp_jax.errors import UserError
+from csp_jax.errors import Interrupted, UserError
 
 Model = TypeVar("Model", bound=nnx.Module)
 LOST = 76  # a process of the run is gone: start them all again, they go on from the last checkpoint
@@ -86,6 +88,20 @@ def whole(model: Model) -> Model:
     return nnx.merge(graphdef, multihost_utils.process_allgather(state, tiled=True))
 
 
+@contextlib.contextmanager
+def ending_together(waiting: Callable[[], str]) -> Iterator[None]:
+    """Around what several processes do together: one that fails, or finds another one gone, ends at once with a
+    message, so that none waits for it. `waiting` says for what it waited."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:
+        if jax.process_count() > 1:
+            abandon(waiting(), error)
+        raise
+
+
 def leave() -> NoReturn:
     """End this process at once, without waiting for what does not come."""
     os._exit(LOST)
@@ -102,7 +118,7 @@ def abandon(waiting: str, error: Exception) -> NoReturn:
         reason = next(iter(str(error).splitlines()), "")[:300]
         text = (
             f"{who} lost another one while waiting for {waiting} ({reason}). "
-            "Start all processes again: they go on from the last checkpoint"
+            "Start all processes again: they go on from what is saved"
         )
     else:
         traceback.print_exception(error)

@@ -8,7 +8,6 @@ Nothing here waits for the device but the metrics of the step before.
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,28 +20,20 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from csp_jax.config import NoiseConfig, OptimizerConfig, TrainConfig, read_yaml
+from csp_jax.config import TrainConfig, read_yaml
 from csp_jax.data.batch import Batch, Shape
 from csp_jax.data.recipes import RECIPES
 from csp_jax.data.recipes.base import Drawn, Objective
 from csp_jax.data.shards import ShardSource, record_dataset
 from csp_jax.errors import Interrupted, UserError
-from csp_jax.losses.grounding import NoLoss
-from csp_jax.losses.grpo import VARIANTS, GrpoLoss
-from csp_jax.losses.interface import Loss
-from csp_jax.losses.sft import SftLoss
-from csp_jax.losses.simpo import SimpoLoss
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.lora import add_adapter, merge_adapter
 from csp_jax.models.peft import load_adapter
 from csp_jax.models.registry import checkpoint_folder, load_model, new_model
-from csp_jax.perturb import Schedule
 from csp_jax.sharding import (
-    PMAP_AXIS,
     compile_parts,
     compile_step,
-    layer_wrapper,
     make_mesh,
     put_batch,
     put_parts,
@@ -52,56 +43,16 @@ from csp_jax.sharding import (
 from csp_jax.text import Prompts
 from csp_jax.train import hosts
 from csp_jax.train.checkpoint import Checkpoints, export_adapter, export_model
-from csp_jax.train.compute import REMAT, check_attention, check_heads
+from csp_jax.train.configured import check_attention, check_heads, configured_step, make_optimizer
+from csp_jax.train.flops import UpdateFlops
 from csp_jax.train.folder import note_versions, prepare_folder
-from csp_jax.train.state import TrainState, decay_mask, new_state, split_model
-from csp_jax.train.step import Step, make_step
+from csp_jax.train.profile import ProfileWindow
+from csp_jax.train.rates import Rates, mesh_peak
+from csp_jax.train.state import TrainState, new_state, split_model
 from csp_jax.train.telemetry import Telemetry
 from csp_jax.train.watch import Watch
+from csp_jax.train.weights_and_biases import Board, require_wandb
 from csp_jax.train.window import Collate, Window, Windows
-
-
-def make_loss(config: TrainConfig) -> Loss:
-    """The configured loss."""
-    loss = config.loss
-    if loss.name == "sft":
-        return SftLoss()
-    if loss.name == "grounding":
-        return NoLoss()
-    if loss.name == "grpo":
-        variant = VARIANTS[loss.variant]
-        return GrpoLoss(
-            loss.clip_low, loss.clip_high, loss.kl_beta, loss.kl, longest=config.rollout.max_tokens, **variant
-        )
-    return SimpoLoss(loss.beta, loss.simpo_gamma, loss.nll_weight, loss.label_smoothing, loss.retention)
-
-
-def make_schedule(config: NoiseConfig) -> Schedule:
-    """The configured noise."""
-    return Schedule(config.name, config.t_max, config.noise_gamma, config.floor)
-
-
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with warm-up, decay and clipping; norms and biases are not decayed."""
-    peak, warmup = config.learning_rate, math.ceil(config.warmup_ratio * steps)
-    last = peak * config.final_ratio
-    decay = max(steps - warmup, 1)
-    tail = {
-        "cosine": optax.cosine_decay_schedule(peak, decay, config.final_ratio),
-        "linear": optax.linear_schedule(peak, last, decay),
-        "constant": optax.constant_schedule(peak),
-    }[config.schedule]
-    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    schedule = optax.join_schedules([rise, tail], [warmup]) if warmup else tail
-    adam = optax.adamw(
-        schedule,
-        config.beta1,
-        config.beta2,
-        config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
-    return optax.chain(optax.clip_by_global_norm(config.clip), adam) if config.clip else adam
 
 
 def read_prompts(file: str) -> Prompts:
@@ -128,24 +79,6 @@ def batch_shape(config: TrainConfig, rows: int, cell: tuple[int, int]) -> Shape:
         pictures=sizes.samples,
         canvas=cell,
         cells=sizes.cells,
-    )
-
-
-def configured_step(
-    config: TrainConfig, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> Step:
-    """The training step as a configuration says, not yet compiled."""
-    remat, mapped = REMAT[config.model.remat], config.parallel.strategy == "pmap"
-    return make_step(
-        graphdef,
-        make_loss(config),
-        optimizer,
-        schedule=make_schedule(config.noise),
-        seed=config.seed,
-        dtype=jnp.dtype(config.model.dtype),
-        remat=remat if mapped else layer_wrapper(mesh, remat),
-        grounding=config.loss.grounding,
-        axis=PMAP_AXIS if mapped else None,
     )
 
 
@@ -267,6 +200,7 @@ def train(config: TrainConfig, *, title: str = "train", batches: Batches = from_
     Raises Interrupted after SIGTERM or SIGINT, with the state saved. Of several processes, one that fails or finds
     another one gone ends at once with a message, so that none waits for it.
     """
+    require_wandb(config.run.wandb)
     hosts.join(config.run.heartbeat_seconds)
     final = Path(config.run.out) / "model"
     if hosts.is_first():
@@ -276,15 +210,9 @@ def train(config: TrainConfig, *, title: str = "train", batches: Batches = from_
         return final
     if hosts.is_first():
         note_versions(final.parent)
-    with Watch(config.run.hang_seconds, say, hosts.leave if config.run.hang_exit else None) as watch:
-        try:
-            train_in(config, final, watch, title, batches)
-        except Interrupted:
-            raise
-        except Exception as error:
-            if jax.process_count() > 1:
-                hosts.abandon(watch.waiting, error)
-            raise
+    watch = Watch(config.run.hang_seconds, say, hosts.leave if config.run.hang_exit else None)
+    with watch, hosts.ending_together(lambda: watch.waiting):
+        train_in(config, final, watch, title, batches)
     return final
 
 
@@ -316,20 +244,31 @@ def train_in(config: TrainConfig, final: Path, watch: Watch, title: str, batches
     hosts.wait_for_all("exported")
 
 
+def open_telemetry(run: Run, start: int, title: str) -> Telemetry:
+    """Where this process writes its metrics."""
+    config, first = run.config.run, hosts.is_first()
+    values = run.config.model_dump(mode="json")
+    return Telemetry(
+        hosts.own_folder(run.out),
+        total=run.steps,
+        start=start,
+        title=title,
+        progress=config.progress and first,
+        log_every=config.log_every,
+        rates=Rates(mesh_peak(config, run.mesh)),
+        board=Board(config.wandb, run.out, values) if config.wandb and first else None,
+    )
+
+
 def run_steps(
     run: Run, iterator: Iterator[Window], checkpoints: Checkpoints, watch: Watch, start: int, title: str
 ) -> None:
     """Steps `start`..`steps`; the metrics of a step are fetched while the next one runs."""
     config = run.config.run
     step_function = run.step_function()
-    telemetry = Telemetry(
-        hosts.own_folder(run.out),
-        total=run.steps,
-        start=start,
-        title=title,
-        progress=config.progress and hosts.is_first(),
-        log_every=config.log_every,
-    )
+    telemetry, profile = open_telemetry(run, start, title), ProfileWindow(config.profile, hosts.own_folder(run.out))
+    known = mesh_peak(config, run.mesh) is not None
+    flops = UpdateFlops(run.config, run.graphdef, run.state, run.mesh) if known else None
     late: tuple[int, dict[str, jax.Array], Window] | None = None
     number, stopping = start, False
     losses: list[float] = []  # since the last checkpoint
@@ -337,17 +276,20 @@ def run_steps(
     def report(entry: tuple[int, dict[str, jax.Array], Window]) -> None:
         number, metrics, window = entry
         watch.note(f"step {number} on the devices")
-        values = {**window.metrics, "real_tokens": window.real_tokens, **jax.device_get(metrics)}
-        images = int((window.batch.grid[..., 0] > 0).sum())
-        telemetry.log(number, values, window.counts, window.tokens, images)
+        work = flops(window.batch) if flops else None
+        values = {**window.metrics, **jax.device_get(metrics)}
+        telemetry.log(number, values, window.counts, work)
+        profile.after(number)
         losses.append(float(values["loss"]))
         check_skipped(int(values["skipped"]), config.skip_limit, number)
 
-    with telemetry, hosts.StopSignal() as stop:
+    with telemetry, profile, hosts.StopSignal() as stop:
         for number in range(start + 1, run.steps + 1):
             watch.note(f"the data of step {number}")
-            window = next(iterator)
+            with telemetry.rates.waiting_for_data():
+                window = next(iterator)
             batch = run.put(window.batch)
+            profile.before(number)
             watch.note(f"the start of step {number}")
             with jax.transfer_guard("disallow"):
                 run.state, metrics = step_function(run.state, batch)

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from csp_jax.data.batch import Batch
+from csp_jax.data.batch import UNUSED, Batch
 from csp_jax.losses.grounding import grounding_counts, grounding_sums
 from csp_jax.losses.interface import Loss, Terms
 from csp_jax.losses.logprobs import score_prompt
@@ -51,6 +51,20 @@ def update(
         state.skipped + jnp.where(finite, 0, 1),
     )
     return new_state, norm
+
+
+def batch_sizes(window: Batch) -> Metrics:
+    """What an update reads and learns from, and how many tokens there is room for: tokens that are not padding (a
+    prompt once, however many branches hang from it), pictures, responses that are trained on."""
+    trained = window.role > UNUSED
+    if window.response_weight is not None:
+        trained &= window.response_weight > 0
+    return {
+        "tokens": jnp.sum(window.prompt_segment > 0) + jnp.sum(window.tokens > 0),
+        "images": jnp.sum(window.grid[..., 0] > 0),
+        "samples": jnp.sum(trained),
+        "slots": jnp.asarray(window.prompt_segment.size + window.tokens.size),
+    }
 
 
 def make_step(
@@ -120,6 +134,7 @@ def make_step(
             "loss": total,
             "grad_norm": norm,
             "skipped": new_state.skipped,
+            **whole(batch_sizes(window)),
             **{name: sums[name] / counts[name] for name in sums},
         }
         return new_state, metrics

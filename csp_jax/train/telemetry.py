@@ -1,10 +1,10 @@
-"""What a run says while it runs: progress bar, JSONL and TensorBoard, one step late."""
+"""What a run says while it runs: progress bar, JSONL, TensorBoard and Weights & Biases, one step late."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,14 +19,33 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
+from csp_jax.train.rates import Rates
+from csp_jax.train.weights_and_biases import Board
+
+WORK = ("tokens", "images", "samples")  # of an update; see `step.batch_sizes`
+
 
 class Telemetry:
-    """Writes `metrics.jsonl` and TensorBoard events; lines past the step it resumes from are dropped."""
+    """Writes `metrics.jsonl` and TensorBoard events; lines past the step it resumes from are dropped.
 
-    def __init__(self, directory: Path, *, total: int, start: int, title: str, progress: bool, log_every: int):
+    A line holds the metrics of its step, and rates over the steps since the line before (see `Rates`).
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        total: int,
+        start: int,
+        title: str,
+        progress: bool,
+        log_every: int,
+        rates: Rates,
+        board: Board | None = None,
+    ):
         directory.mkdir(parents=True, exist_ok=True)
         self.file = directory / "metrics.jsonl"
-        self._clock, self._counts = time.perf_counter(), Counter[str]()
+        self.rates, self._counts, self._wandb = rates, Counter[str](), board
         self._truncate(start)
         self._lines = self.file.open("a")
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else None)
@@ -63,25 +82,24 @@ class Telemetry:
         self._bar.start()
         return self
 
-    def log(self, step: int, metrics: dict[str, Any], counts: Counter[str], tokens: int, images: int) -> None:
-        """Record a finished step; rates are over the time since the step before."""
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
+    def log(self, step: int, metrics: Mapping[str, Any], counts: Counter[str], flops: float | None = None) -> None:
+        """Record a finished step; `flops`: its useful work on all devices, where that is counted."""
         self._counts.update(counts)
         values = {name: float(value) for name, value in metrics.items()}
+        values["padding"] = 1 - values["tokens"] / max(values.pop("slots"), 1)
+        work = {name: values.pop(name) for name in WORK}
+        self.rates.done(**work, flops=flops or 0.0)
         self._bar.update(self._task, completed=step, loss=f"{values['loss']:.4f}")
         if step % self.log_every and step != self.total:
             return
-        values |= {
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "images_per_second": images / seconds,
-        }
+        values |= self.rates.line()
         row = {"step": step, **values, **({"counts": dict(self._counts)} if self._counts else {})}
         self._lines.write(json.dumps(row) + "\n")
         self._lines.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -89,3 +107,5 @@ class Telemetry:
         self._bar.stop()
         self._lines.close()
         self._board.close()
+        if self._wandb:
+            self._wandb.close()

@@ -23,17 +23,6 @@ class Window:
     counts: Counter[str]
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that are not padding: prompt, fed and scored."""
-        batch = self.batch
-        return int((batch.prompt_segment > 0).sum() + (batch.tokens > 0).sum())
-
-    @property
-    def real_tokens(self) -> float:
-        """Their share of what the decoder computes."""
-        return self.tokens / (self.batch.prompt_tokens.size + self.batch.tokens.size)
-
 
 class Windows(Iterator[Window], Protocol):
     """Windows and where among them a run is, as JSON; what `get_state` gives may be set before the first one."""

@@ -46,11 +46,11 @@ def test_an_evaluation_computes_little_padding():
     pictures = []
     for kind in ("pope", "amber", "long"):
         for sizes in MIX[kind]:
-            trees = [question(size) for size in ([sizes] if kind == "long" else sizes)]
+            trees = [query(size) for size in ([sizes] if kind == "long" else sizes) for _ in ("yes", "no")]
             pictures.append(Sample((1,) * MIX["prompt"], (), tuple(trees)))
     samples = [pictures[number] for number in np.random.default_rng(0).permutation(4 * len(pictures)) % len(pictures)]
     real = sum(len(sample.prompt) + sum(len(tree.tokens) for tree in sample.groups) for sample in samples)
-    whole = Shape(8, MIX["prompt"], 25, 2 * max(MIX["long"]), 16, 25, 0, None)
+    whole = Shape(8, MIX["prompt"], 50, max(MIX["long"]), 16, 50, 0, None)
     parts, buckets = alike(samples, 8), Buckets(whole, PATIENCE)
     assert sorted(number for part in parts for number in part) == list(range(len(samples)))
 
@@ -65,9 +65,8 @@ def test_an_evaluation_computes_little_padding():
     assert real / computed(Buckets(whole), in_turn) < 0.45
 
 
-def question(size: int) -> Tree:
-    """A confidence query about each of two answers."""
-    tokens = 2 * size
+def query(tokens: int) -> Tree:
+    """A confidence query about one of two answers."""
     return Tree([1] * tokens, list(range(-1, tokens - 1)), [(1, tokens - 1, 1.0, 0)])
 
 

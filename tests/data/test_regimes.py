@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from recipe_reader import Reader
 
-from csp_jax.calibration.protocols import Choice, QuestionTree
+from csp_jax.calibration.protocols import Choice, QuestionTrees
 from csp_jax.data.batch import PLAIN, Branch, Sample, merge_branches
-from csp_jax.evaluate import SceneTrees, depth, split_by_regime
+from csp_jax.scenes import SceneTrees, depth, split_by_regime
 
 
 class Boundary:
@@ -36,7 +36,7 @@ def test_depth_is_the_longest_branch():
 def test_a_scene_is_split_where_its_questions_straddle(boundary, wanted):
     trees = [merge_branches([branch(count)]) for count in (1, 5, 2)]
     empty = Choice((), ())
-    questions = tuple(QuestionTree(tree, empty, ()) for tree in trees)
+    questions = tuple(QuestionTrees((tree,), empty, ()) for tree in trees)
     scene = SceneTrees(None, ("a", "b", "c"), questions, Sample((1,) * 10, (), tuple(trees)))  # type: ignore[arg-type]
     parts = split_by_regime(Boundary(boundary), scene)  # type: ignore[arg-type]
     assert [[("a", "b", "c").index(name) for name in part.items] for part in parts] == wanted

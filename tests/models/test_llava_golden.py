@@ -26,7 +26,7 @@ from csp_jax.models.llava import Llava
 from csp_jax.models.registry import load_model
 from csp_jax.perturb import Schedule
 from csp_jax.train import step as step_module
-from csp_jax.train.loop import make_optimizer
+from csp_jax.train.configured import make_optimizer
 from csp_jax.train.state import new_state, split_model
 
 NUMBERS = json.loads((TINY / "golden.json").read_text())

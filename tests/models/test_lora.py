@@ -43,7 +43,7 @@ from csp_jax.models.registry import load_model
 from csp_jax.perturb import Schedule
 from csp_jax.sharding import compile_step, make_mesh, put_batch, state_shardings
 from csp_jax.train import step as step_module
-from csp_jax.train.loop import make_optimizer
+from csp_jax.train.configured import make_optimizer
 from csp_jax.train.state import TrainState, decay_mask, new_state, split_model
 from csp_jax.train.step import make_step
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,19 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from csp_jax.plan.hlo import Instruction, Program, parse, product_flops, replica_groups, trip_count
+from csp_jax.models.attention import tree_layout
+from csp_jax.models.interval_attention import Plan, find_blocks, interval_attention
+from csp_jax.plan.hlo import (
+    BLOCK,
+    KERNEL_PRODUCTS,
+    Instruction,
+    Program,
+    kernel_name,
+    parse,
+    product_flops,
+    replica_groups,
+    trip_count,
+)
 from csp_jax.plan.roofline import Schedule, traffic_bytes, wire_cost
 from csp_jax.plan.targets import parse_target
 
@@ -119,3 +134,74 @@ def test_a_kernel_reads_slices_and_writes_in_place():
     cost = Schedule(program, TARGET).step()
     assert cost.flops == 2 * 4 * 6 * 5 * 8
     assert cost.seconds == pytest.approx(3 * 3e-6)  # three kernels, each too small to count
+
+
+# --- the attention kernel ---------------------------------------------------------------------------------------------
+
+CALL = """HloModule kernel
+
+ENTRY %main (q: bf16[2,704,5,32], k: bf16[2,320,5,32]) -> bf16[2,704,5,32] {
+  %q = bf16[2,704,5,32]{3,2,1,0} parameter(0)
+  %k = bf16[2,320,5,32]{3,2,1,0} parameter(1)
+  ROOT %out = (bf16[2,704,5,32]{3,2,1,0}, f32[2,704,5]{2,1,0}) custom-call(%q, %k, %k), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/while/body/NAME/pallas_call"}, backend_config={grid_x = 11 : i32, ir = "ML\\EF
+}
+  %b = f32[9]{0} add(%q, %k)
+\0B", num_warps = 4 : i32}
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("name", KERNEL_PRODUCTS)
+def test_products_inside_the_kernel(name):
+    """Of 320 keys; as many queries are the prompt's and see what is before them in blocks, 384 see all."""
+    program = parse(CALL.replace("NAME", name))
+    assert [instruction.name for instruction in program.entry.instructions] == ["q", "k", "out"]
+    pairs = sum(64 * 64 * (block + 1) for block in range(5)) + 384 * 320
+    wanted = KERNEL_PRODUCTS[name] * 2 * 32 * 2 * 5 * pairs
+    cost = Schedule(program, TARGET).step()
+    assert cost.flops == wanted
+    assert cost.products == pytest.approx(wanted / (312e12 * 0.30))
+    assert Schedule(parse(CALL.replace("NAME", "another")), TARGET).step().flops == 0
+
+
+def test_those_are_the_pairs_that_the_kernel_goes_through():
+    """A prompt of 320 tokens without padding, branches that hang from its end."""
+    prompt, branch = 320, 384
+    layout = tree_layout(jnp.ones((1, prompt), int), jnp.full((1, branch), prompt - 1), 1)
+    blocks = find_blocks(layout.first, layout.last, prompt, Plan(1.0, BLOCK, BLOCK, False))
+    pairs = int((blocks.key_stop - blocks.key_start).sum()) * BLOCK**2
+    assert pairs == prompt * (prompt + BLOCK) / 2 + branch * prompt
+    again = int((blocks.query_stop - blocks.query_start).sum()) * BLOCK**2
+    assert again == pairs
+
+
+def kernels(jaxpr: Any) -> list[Any]:
+    """Every call of a kernel."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            found.append(equation.params)
+            continue
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            found += kernels(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+def test_the_kernels_are_called_so_and_compute_so_many_products():
+    """What is looked for in compiled programs is what the attention's code says, forward and backward."""
+    q = jnp.zeros((1, 64, 2, 16), jnp.bfloat16)
+    zero = jnp.zeros((1, 64), jnp.int32)
+
+    def loss(q: jax.Array) -> jax.Array:
+        return interval_attention(q, q[:, :, :1], q[:, :, :1], zero, zero + 63)[0].astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss)).trace(q)
+    said = re.findall(r'loc\("([^"]*)"', traced.lower(lowering_platforms=("cuda",)).as_text(debug_info=True))
+    names = [kernel_name(Instruction("c", "f32[]", "custom-call", (), f'op_name="{name}"')) for name in said]
+    assert {name for name in names if name} == set(KERNEL_PRODUCTS)
+    counts = {}
+    for call in kernels(traced.jaxpr.jaxpr):
+        heads = 2 if call["name"].endswith("dkv") else 1  # of the queries, in one call for the head that they share
+        counts[call["name"]] = str(call["jaxpr"]).count("dot_general") / heads
+    assert counts == KERNEL_PRODUCTS

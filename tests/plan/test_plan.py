@@ -6,15 +6,19 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
 from csp_jax.config import TrainConfig, load_config
 from csp_jax.errors import UserError
 from csp_jax.families.registry import open_family
 from csp_jax.models.registry import family_of
-from csp_jax.plan.compilers import require_compiler
+from csp_jax.plan.compile import measure
+from csp_jax.plan.compilers import Compiler, require_compiler
 from csp_jax.plan.run import make_plans, model_folder
+from csp_jax.plan.search import Candidate
 from csp_jax.plan.targets import parse_target
+from csp_jax.world import BASE
 
 ROOT = Path(__file__).parents[2]
 PAPERS = sorted((ROOT / "configs" / "csp").glob("*.yaml"))
@@ -36,6 +40,40 @@ def compilers(target: str) -> Path | None:
             continue
         return packages
     pytest.skip("the compilers are not installed: make plan-compilers")
+
+
+@pytest.mark.slow
+def test_a_step_on_devices_that_are_here():
+    """Everything but the target's compiler: the embedded base on eight devices, made and read as for others."""
+    settings = ["batch.rows=8", "batch.accumulation=2", "parallel.fsdp=8"]
+    config, target = load_config(TrainConfig, None, settings), parse_target("a100-80g:1x8")
+    request = {"config": config.model_dump(mode="json"), "folder": str(BASE)}
+    found = measure(request, target, jax.devices())
+    sizes = found["bytes_a_device"]
+    held = sizes["parameters"] + sizes["optimizer"]
+    assert held == pytest.approx(12 * found["parameters"] / 8, rel=0.1)  # but for what is small
+    assert sum(sizes.values()) == pytest.approx(found["bytes_arguments"], rel=0.01)
+    assert found["flops_executed"] == pytest.approx(found["flops_useful"], rel=0.1)
+    gathered = found["collectives"]["all-gather"]
+    assert gathered >= 4 * found["parameters"] * 2 * 0.9  # every weight, for each micro-batch
+    assert 0 < found["mfu"] < 1
+
+
+@pytest.mark.heavy
+def test_a_committed_plan_is_found_again():
+    """One row, compiled anew for eight A100s."""
+    rows = json.loads((ROOT / "docs" / "plans.json").read_text())
+    target, file = "a100-80g:1x8", ROOT / "configs" / "csp" / "qwen_vl-7b-sft.yaml"
+    packages = compilers(target)
+    (row,) = [r for r in rows if (r["config"], r["target"]) == ("csp/qwen_vl-7b-sft", target) and r["recommended"]]
+    candidate = Candidate(**row["mesh"], **row["batch"], remat=row["remat"], attention=row["attention"])
+    config = candidate.apply(load_config(TrainConfig, file))
+    with Compiler(parse_target(target), packages) as compiler:
+        found = compiler.measure(config, model_folder(config, file))
+    assert "error" not in found
+    assert found["bytes_peak"] == pytest.approx(row["bytes_peak"], rel=0.01)
+    assert found["mfu"] == pytest.approx(row["estimated_mfu"], rel=0.02)
+    assert sum(found["collectives"].values()) == pytest.approx(sum(row["collectives"].values()), rel=0.02)
 
 
 @pytest.mark.heavy

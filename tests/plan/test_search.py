@@ -10,6 +10,7 @@ import pytest
 from csp_jax.config import TrainConfig, load_config
 from csp_jax.errors import UserError
 from csp_jax.plan.page import page, rows
+from csp_jax.plan.run import best_of
 from csp_jax.plan.search import Candidate, describe, recommend, search
 from csp_jax.plan.targets import parse_target
 
@@ -18,10 +19,13 @@ KEPT = {"none": 20, "weights": 4, "save_names": 2, "full": 1}  # GiB of activati
 
 
 class Machine:
-    """State of `weights` GiB split over fsdp and tensor, activations by row; small batches are slow."""
+    """State of `weights` GiB split over fsdp and tensor, activations by row; small batches are slow.
 
-    def __init__(self, weights: float):
-        self.weights = weights
+    `kernel`: how much faster the attention kernel makes a step.
+    """
+
+    def __init__(self, weights: float, kernel: float = 0.9):
+        self.weights, self.kernel = weights, kernel
         self.asked: list[TrainConfig] = []
 
     def __call__(self, config: TrainConfig, folder: Path) -> dict[str, Any]:
@@ -31,6 +35,7 @@ class Machine:
         state = self.weights * GIB / (mesh.fsdp * mesh.tensor)
         activations = KEPT[config.model.remat] * rows * GIB / mesh.tensor
         speed = rows / (rows + 1) * (0.7 if config.model.remat == "full" else 0.8)
+        speed *= self.kernel if config.model.attention == "pallas" else 1.0
         return {
             "parameters": 1, "flops_useful": 1e15, "flops_executed": 1e15, "seconds": 1.0, "seconds_products": 1.0,
             "seconds_traffic": 1.0, "seconds_wires": 1.0, "compile_seconds": 1.0, "collectives": {"all-gather": 5},
@@ -50,11 +55,50 @@ EIGHT = parse_target("a100-80g:1x8")
 def test_more_rows_as_long_as_they_fit_and_pay():
     machine = Machine(80)
     trials = search(config(**{**BASE, "model__remat": "weights"}), Path(), EIGHT, machine)
-    assert [trial.candidate.rows for trial in trials] == [8, 16, 32, 64]
+    assert [trial.candidate.rows for trial in trials] == [8, 16, 32, 64, 64]
     best = recommend(trials)
-    assert best is trials[-1]
+    assert best is trials[-2]
     assert {trial.candidate.update for trial in trials} == {64}  # an update keeps its size
-    assert [asked.batch.rows for asked in machine.asked] == [8, 16, 32, 64]
+    assert [asked.batch.rows for asked in machine.asked] == [8, 16, 32, 64, 64]
+
+
+def test_the_attention_kernel_is_tried_on_the_best():
+    """Where there is one, and taken where it pays."""
+    settings = config(**{**BASE, "model__remat": "weights"})
+    trials = search(settings, Path(), EIGHT, Machine(80, kernel=1.2))
+    assert [trial.candidate.attention for trial in trials] == ["xla"] * 4 + ["pallas"]
+    assert recommend(trials) is trials[-1]
+    assert describe(trials[-1].candidate).endswith("attention pallas")
+    assert trials[-1].candidate.apply(settings).model.attention == "pallas"
+    assert all(row["attention"] for row in rows("name", EIGHT, trials))
+    assert {t.candidate.attention for t in search(settings, Path(), parse_target("v5p:2x2x2"), Machine(80, 1.2))} == {
+        "xla"
+    }
+    own = search(
+        config(**{**BASE, "model__remat": "weights", "model__attention": "pallas"}), Path(), EIGHT, Machine(80)
+    )
+    assert {trial.candidate.attention for trial in own} == {"pallas"}
+
+
+def test_plans_begin_with_what_was_best_before(tmp_path):
+    """Of rows of earlier plans: the recommended one with the highest estimate, of the same model on the same card."""
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    (tmp_path / "csp").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "csp" / f"{name}.yaml").write_text(f"model: {{checkpoint: {checkpoint}}}\nseed: 1\n")
+    made = [
+        {**row, "config": f"csp/{name}"}
+        for name, weights in (("one", 80), ("two", 300))
+        for row in rows(name, EIGHT, search(config(**BASE), Path(), EIGHT, Machine(weights, kernel=1.5)))
+    ]
+    known = best_of([*made, {**made[0], "config": "csp/gone"}], tmp_path)
+    best = max((row for row in made if row["recommended"]), key=lambda row: row["estimated_mfu"])
+    (candidate,) = known.values()
+    assert list(known) == [(checkpoint, "a100-80g", 8)]
+    assert (candidate.rows, candidate.remat, candidate.attention) == (best["batch"]["rows"], best["remat"], "pallas")
+    assert candidate.mesh == best["mesh"]
 
 
 def test_less_is_kept_before_rows_are_given_up():

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from loopback import csp_on_hosts
 from PIL import Image
 from tiny import random_canvas, tiny_model, tiny_values, write_folder
 from typer.testing import CliRunner
@@ -102,6 +103,21 @@ def test_it_goes_on_from_what_is_there(command, tmp_path):
     before = resumed.stat().st_mtime_ns
     command(out=resumed)
     assert resumed.stat().st_mtime_ns == before
+
+
+def test_two_processes_share_the_questions(ground, command, tmp_path):
+    """The lines of one process, in its order, whoever said them; what one of them had is not said again."""
+    lines, out = command(), tmp_path / "together.jsonl"
+    kept = json.dumps(lines[1]).replace(ASKED[1], "kept")
+    (tmp_path / "together.jsonl.part-2-of-2.partial").write_text(kept + "\n")
+    arguments = ("sample", ground / "checkpoint", ground / "asked.jsonl", out, "--max-tokens", 5, "--samples", 2)
+    first, second = csp_on_hosts(2, *arguments)
+    assert "(2 of them answered now)" in first
+    assert second == ""
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["question"] for line in found] == [ASKED[0], "kept", ASKED[2]]
+    assert tokens(found) == tokens(lines)
+    assert [file.name for file in tmp_path.glob("together*")] == ["together.jsonl"]
 
 
 def test_another_setting_is_refused(command, tmp_path):

@@ -21,8 +21,9 @@ from csp_jax.config import OptimizerConfig, ParallelConfig, RunConfig
 from csp_jax.errors import UserError
 from csp_jax.sharding import make_mesh
 from csp_jax.train.checkpoint import Checkpoints, named_leaves
+from csp_jax.train.configured import make_optimizer
 from csp_jax.train.integrity import SEAL, flaw, seal, set_aside
-from csp_jax.train.loop import check_skipped, make_optimizer, place_state
+from csp_jax.train.loop import check_skipped, place_state
 from csp_jax.train.state import TrainState
 
 

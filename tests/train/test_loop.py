@@ -20,7 +20,7 @@ import pytest
 import yaml
 from flax import nnx
 from safetensors.numpy import load_file
-from tiny import tiny_model, tiny_values, write_folder
+from tiny import SLOTS, tiny_model, tiny_values, write_folder
 from train_child import INTERRUPTED
 from typer.testing import CliRunner
 
@@ -30,11 +30,14 @@ from csp_jax.errors import UserError
 from csp_jax.models.hub import flat_paths
 from csp_jax.models.lora import LoraParam, adapted
 from csp_jax.models.registry import load_model, save_model
+from csp_jax.plan.program import step_program
+from csp_jax.sharding import make_mesh
 from csp_jax.train.loop import train
 from csp_jax.world import WorldConfig, build
 from csp_jax.world.tokenizer import build_tokenizer
 
 STEPS, EVERY = 24, 4
+PEAK = 0.5  # TFLOP/s, of a device as the uninterrupted run is told
 WORLD = WorldConfig(statistics_scenes=100)
 
 
@@ -122,7 +125,10 @@ def weights(out: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def uninterrupted(ground: Path) -> Path:
-    child = Child(ground, ground / "uninterrupted")
+    """With all that may be measured: the runs that are held against it are without."""
+    out = ground / "uninterrupted"
+    run = {**values(ground, out)["run"], "peak_tflops": PEAK, "profile": {"start": 5, "steps": 2}}
+    child = Child(ground, out, run=run)
     child.finish()
     return child.out
 
@@ -139,7 +145,7 @@ def assert_same_run(out: Path, wanted: Path) -> None:
 def test_a_run_writes_what_it_should(uninterrupted, ground):
     found = rows(uninterrupted)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    assert all(np.isfinite(row["loss"]) and row["tokens_per_second"] > 0 for row in found)
+    assert all(np.isfinite(row["loss"]) for row in found)
     assert np.mean([row["loss"] for row in found[-5:]]) < np.mean([row["loss"] for row in found[:5]])
     assert sorted(file.name for file in (uninterrupted / "model").iterdir()) == [
         "config.json",
@@ -147,6 +153,25 @@ def test_a_run_writes_what_it_should(uninterrupted, ground):
         "tokenizer.json",
     ]
     load_model(uninterrupted / "model")
+
+
+@pytest.mark.slow
+def test_a_run_says_how_fast_it_goes(uninterrupted):
+    """The update that compiles has a time and no rate; work over time is what was read, and what `csp plan` counts."""
+    found = rows(uninterrupted)
+    assert "first_seconds" in found[0]
+    assert not [name for name in found[0] if name.endswith("_per_second") or name == "mfu"]
+    config = load_config(TrainConfig, uninterrupted / "config.yaml")
+    program = step_program(config, Path(config.model.checkpoint), make_mesh(config.parallel, jax.devices()[:1]))
+    for row in found[1:]:
+        images, samples = (row[f"{name}_per_second"] * row["seconds"] for name in ("images", "samples"))
+        assert [images, samples] == pytest.approx([round(images), round(samples)])
+        assert 1 <= round(images) <= 4
+        assert round(samples) > round(images)
+        assert row["tokens_per_second"] * row["seconds"] > 2 * SLOTS * images  # slots, words, and what hangs from them
+        assert 0 <= row["data_seconds"] <= row["seconds"]
+        assert row["mfu"] * row["seconds"] * PEAK * 1e12 == pytest.approx(program.useful_flops())
+    assert len(list((uninterrupted / "tensorboard").glob("plugins/profile/*/*.xplane.pb"))) == 1
 
 
 @pytest.mark.slow

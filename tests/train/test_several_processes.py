@@ -87,6 +87,11 @@ def assert_same(out: Path, wanted: Path) -> None:
         np.testing.assert_allclose(found[name], array, atol=2e-5, err_msg=name)
 
 
+def samples(out: Path) -> list[int]:
+    """Responses that each update trained on, from what was said of the rates; the first update has none."""
+    return [round(row["samples_per_second"] * row["seconds"]) for row in rows(out)[1:]]
+
+
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_ground(tmp_path_factory.mktemp("hosts"))
@@ -103,7 +108,7 @@ def test_two_processes_are_one(ground, alone):
     """Data-parallel over the processes, checkpoints in between."""
     out = Pod(ground, ground / "two", 2).finish()
     assert_same(out, alone)
-    assert (out / "hosts" / "1" / "metrics.jsonl").exists()
+    assert samples(out) == samples(out / "hosts" / "1") == samples(alone)  # of all processes, whoever says it
     assert {"2", "4"} & {folder.name for folder in (out / "checkpoints").iterdir()}
 
 
@@ -148,3 +153,7 @@ def test_one_told_to_stop_stops_all(ground, alone):
     reached = rows(out)[-1]["step"]
     assert f"stopped after step {reached} of 40" in pod.said()
     assert str(reached) in {folder.name for folder in (out / "checkpoints").iterdir()}
+    again = Pod(ground, out, 1, run=run).finish()
+    assert [row["step"] for row in rows(again)] == list(range(1, 41))
+    undisturbed = ground / "undisturbed"
+    assert_same(again, Pod(ground, undisturbed, 1, run={**run, "out": str(undisturbed)}).finish())

@@ -32,8 +32,8 @@ from csp_jax.sharding import (
     put_batch,
     put_parts,
 )
-from csp_jax.train.compute import REMAT
-from csp_jax.train.loop import make_optimizer, place_state
+from csp_jax.train.configured import REMAT, make_optimizer
+from csp_jax.train.loop import place_state
 from csp_jax.train.state import TrainState, new_state, split_model
 from csp_jax.train.step import make_step
 

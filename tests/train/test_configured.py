@@ -9,7 +9,7 @@ from tiny import tiny_model
 
 from csp_jax.config import TrainConfig, load_config
 from csp_jax.errors import UserError
-from csp_jax.train.compute import check_attention, check_heads
+from csp_jax.train.configured import check_attention, check_heads
 
 
 def config(attention: str, **settings: Any) -> TrainConfig:
