@@ -57,8 +57,8 @@ def _inner(params: dict[str, Any]) -> list[Any]:
 def masked_attention_flops(
     text: DecoderConfig, rows: int, prompt: int, *, samples: int = 1, fed: int = 0, scored: int = 0
 ) -> float:
-    """Of attention to the prompts of so many rows, forward and backward: the pairs that come later, and those that lie in
-    different samples, where `samples` share a row and its `fed` and `scored` tokens.
+    """Of attention to the prompts of so many rows, forward and backward: the pairs that come later, and those of which
+    the two lie in different samples, where `samples` share a row and its `fed` and `scored` tokens.
 
     The last layer computes no prompt queries. A product with keys and one with values forward, two of each backward.
     """
