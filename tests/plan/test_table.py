@@ -20,6 +20,7 @@ from csp_jax.sharding import make_mesh
 ROOT = Path(__file__).parents[2]
 ROWS = json.loads((ROOT / "docs" / "plans.json").read_text())
 CONFIGS = ROOT / "configs"
+PAPERS = ("csp", "difficulty")
 
 
 def test_the_documentation_shows_them():
@@ -42,8 +43,19 @@ def test_a_plan_is_of_a_shipped_configuration(row):
 
 def test_every_paper_configuration_has_a_plan_that_fits_on_eight_a100s():
     planned = {row["config"] for row in ROWS if row["target"] == "a100-80g:1x8" and row["recommended"] and row["fits"]}
-    full = {f"csp/{file.stem}" for file in (CONFIGS / "csp").glob("*.yaml") if "lora" not in file.stem}
-    assert full <= planned
+    assert planned == {f"{folder}/{file.stem}" for folder in PAPERS for file in (CONFIGS / folder).glob("*.yaml")}
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row["recommended"]], ids=lambda r: f"{r['config']}-{r['target']}"
+)
+def test_every_recommendation_is_a_configuration(row):
+    folder, name = row["config"].split("/")
+    file = CONFIGS / folder / "scaled" / f"{name}-{row['target'].replace(':', '-')}.yaml"
+    config = load_config(TrainConfig, file)
+    candidate = Candidate(**row["mesh"], **row["batch"], remat=row["remat"], attention=row["attention"])
+    assert Candidate.of(config, parse_target(row["target"])) == candidate
+    assert candidate.apply(config) == config
 
 
 def test_llava_on_sixty_four_is_at_least_half_of_the_peak():
