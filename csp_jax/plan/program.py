@@ -49,13 +49,20 @@ class StepProgram:
 
     def useful_flops(self) -> float:
         """Of one update, all devices together (see `train.flops`)."""
-        plain = self.config.model_copy(update={"model": self.config.model.model_copy(update={"remat": "none"})})
+        masked = masked_attention_flops(self.text, self.shape, self.config.batch.accumulation)
+        return self.traced_flops() - masked
+
+    def traced_flops(self) -> float:
+        """Of one update without recomputation, pairs of tokens that attention masks included."""
+        config = self.config
+        parts = {"model": config.model.model_copy(update={"remat": "none"})}
+        parts["parallel"] = config.parallel.model_copy(update={"strategy": "mesh"})  # the same work, not mapped
+        plain = config.model_copy(update=parts)
         model = nnx.merge(self.graphdef, self.state.trainable, self.state.frozen)
         model.attention = "xla"  # products within a kernel cannot be counted
         graphdef, _, _ = split_model(model, plain.model.freeze)
         step = configured_step(plain, graphdef, self.optimizer(), self.mesh)
-        whole = product_flops(jax.make_jaxpr(step)(self.state, self.window).jaxpr)
-        return whole - masked_attention_flops(self.text, self.shape, self.config.batch.accumulation)
+        return product_flops(jax.make_jaxpr(step)(self.state, self.window).jaxpr)
 
     def parameters(self) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((self.state.trainable, self.state.frozen)))

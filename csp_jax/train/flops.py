@@ -15,8 +15,11 @@ from csp_jax.data.batch import Shape
 from csp_jax.models.decoder import DecoderConfig
 
 
-def product_flops(jaxpr: Any) -> float:
-    """Multiplications and additions of all matrix products and convolutions of a jaxpr, loops counted in full."""
+def product_flops(jaxpr: Any, loops: float = 1) -> float:
+    """Multiplications and additions of all matrix products and convolutions of a jaxpr, scans counted in full.
+
+    A `while` ends when its data says so: its body counts `loops` times.
+    """
     total = 0.0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -28,10 +31,10 @@ def product_flops(jaxpr: Any) -> float:
             numbers, kernel = equation.params["dimension_numbers"], equation.invars[1].aval.shape
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
         elif name == "cond":
-            total += max(product_flops(branch.jaxpr) for branch in equation.params["branches"])
+            total += max(product_flops(branch.jaxpr, loops) for branch in equation.params["branches"])
         else:
-            times = equation.params.get("length", 1) if name == "scan" else 1
-            total += times * sum(product_flops(inner) for inner in _inner(equation.params))
+            times = {"scan": equation.params.get("length", 1), "while": loops}.get(name, 1)
+            total += times * sum(product_flops(inner, loops) for inner in _inner(equation.params))
     return total
 
 
