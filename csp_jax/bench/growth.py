@@ -112,7 +112,7 @@ def window_of(run: Run, responses: int, tokens: int) -> Batch:
 def vocabulary_row(config: TrainConfig, checkpoint: Path, folder: Path, words: int) -> dict[str, Any]:
     """What the step needs with so many words, by its compiler."""
     values = json.loads((checkpoint / "config.json").read_text())
-    (values["text_config"] if "text_config" in values else values)["vocab_size"] = words
+    values.get("text_config", values)["vocab_size"] = words
     numbers = folder / f"{checkpoint.name}-{words}-words"
     numbers.mkdir(parents=True, exist_ok=True)
     (numbers / "config.json").write_text(json.dumps(values))

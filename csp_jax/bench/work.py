@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ class Work:
 def flat(batch: Batch) -> Batch:
     """A window's micro-batches as the rows of one batch."""
     lead = batch.prompt_tokens.ndim - 2
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[lead + 1 :]), batch) if lead else batch
+    return jax.tree.map(lambda x: x.reshape(math.prod(x.shape[: lead + 1]), *x.shape[lead + 1 :]), batch)
 
 
 def micro_batches(window: Batch) -> list[Batch]:

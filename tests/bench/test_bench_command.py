@@ -1,0 +1,111 @@
+"""`csp bench` from end to end on a very small model, and what it makes for itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from bench_ground import PROMPT, SIZES, make_ground
+
+from csp_jax import cli
+from csp_jax.bench.made import Lengths, made_record, question_of
+from csp_jax.errors import UserError
+from csp_jax.families.registry import open_family
+from csp_jax.records import decode, encode
+
+PARTS = ["base", "sft", "simpo", "grpo", "grpo rollout", "grpo update", "eval", "prefill", "distribution"]
+SIZE = ["--rows", "8", "--accumulation", "1", "--prompt", str(PROMPT), "--samples", "3", "--tokens", "4"]
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_ground(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs the command with --json."""
+
+    def run(*arguments: object) -> list[dict]:
+        monkeypatch.setattr("sys.argv", ["csp", "bench", *map(str, arguments), "--json"])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        assert stopped.value.code == 0, captured.err
+        return json.loads(captured.out)
+
+    return run
+
+
+@pytest.mark.slow
+def test_every_task_once(ground, tmp_path, rows):
+    found = rows("--model", ground / "checkpoint", "--repeats", 2, "--keep", tmp_path / "kept", *SIZE)
+    assert [row["task"] for row in found] == [*PARTS, "matmul float32"]
+    by_name = {row["task"]: row for row in found}
+    for row in found:
+        assert len(row["all_seconds"]) == row["turns"] == 2
+        assert row["seconds"] >= row["best_seconds"] > 0
+        assert row["steps_per_second"] == pytest.approx(1 / row["seconds"])
+        assert row["flops"] > 0
+        assert row["peak_bytes"] > 0
+    assert by_name["sft"]["samples"] == by_name["sft"]["images"] == 8
+    assert by_name["simpo"]["samples"] == 16
+    assert by_name["grpo update"]["samples"] == by_name["grpo rollout"]["samples"] == 24
+    assert by_name["grpo update"]["tokens"] == 8 * (PROMPT + 3 * 3)
+    assert by_name["grpo update"]["sequence_tokens"] == 24 * (PROMPT + 4)
+    assert by_name["eval"]["samples"] == 16  # two candidates each
+    assert by_name["grpo"]["flops"] == by_name["grpo rollout"]["flops"] + by_name["grpo update"]["flops"]
+    assert by_name["distribution"]["ratio_to"] == "prefill"
+    for name in ("base", "sft", "simpo", "grpo update", "prefill", "distribution"):
+        assert by_name[name]["program_bytes"] > 0
+        assert 0 < by_name[name]["filled"] <= 1
+    # what was made serves again
+    assert (tmp_path / "kept" / f"checkpoint-{PROMPT}-records" / "manifest.json").exists()
+
+
+def test_a_configuration_without_weights_and_records(ground, tmp_path, rows):
+    """Random weights and made records in their place; settings go on top."""
+    bare = tmp_path / "checkpoint"
+    bare.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (bare / name).write_bytes((ground / "checkpoint" / name).read_bytes())
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"model: {{checkpoint: {bare}, lora: {{rank: 2}}}}\n"
+        f"data: {{shards: {tmp_path / 'none'}, recipe: {{name: paper, items: 1}}}}\n"
+        "loss: {name: sft}\nbatch: {rows: 8, accumulation: 1}\n"
+    )
+    found = rows(file, "--repeats", 1, "--set", "model.lora.rank=3")
+    assert [row["task"] for row in found] == ["sft", "matmul float32"]
+    assert found[0]["samples"] == 8
+
+
+def test_questions_have_the_length_that_is_asked_for(ground):
+    family = open_family(ground / "checkpoint")
+    slots = (SIZES.pixels // SIZES.patch) ** 2
+    for length in (PROMPT, 64, 115):
+        question = question_of(family, SIZES.pixels, length)
+        assert len(family.encode(question, None, (slots,)).tokens) == length
+    assert question_of(family, SIZES.pixels, Lengths().prompt) == "Is there a dog in the image?"
+    with pytest.raises(UserError, match="shortest question"):
+        question_of(family, SIZES.pixels, 10)
+
+
+def test_made_records_are_records():
+    record = made_record(3, "Is there a dog in the image?", 40)
+    assert decode(encode(record)) == record
+    assert made_record(3, "Is there a dog in the image?", 40) == record
+    assert made_record(4, "Is there a dog in the image?", 40).images != record.images
+
+
+def test_unknown_names(monkeypatch, capsys):
+    for arguments, words in (
+        (["--task", "dpo"], "no such task"),
+        (["--model", "nothing"], "no such model"),
+    ):
+        monkeypatch.setattr("sys.argv", ["csp", "bench", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        assert words in capsys.readouterr().err
