@@ -103,7 +103,7 @@ def simpo(given: Any, rows: list[dict], processor: Any, settings: dict, shared: 
         """The trainer's own pass over chosen and rejected sequences, each with its picture."""
 
         def tokenize_row(self, feature: dict, model: Any = None) -> dict:
-            return {}  # the collator does it, together with the picture
+            return {"chosen_labels": [0], "rejected_labels": [0]}  # the collator does it, together with the picture
 
         def concatenated_forward(self, model: Any, batch: dict) -> Any:
             text = {name: value for name, value in batch.items() if name != "pixel_values"}

@@ -16,7 +16,7 @@ from csp_jax.bench.clock import in_turns, program_bytes
 from csp_jax.bench.made import open_or_make, write_shards
 from csp_jax.bench.run import Settings, made_config
 from csp_jax.config import TrainConfig
-from csp_jax.data.batch import Batch, Branch, Packer, Sample, with_policy
+from csp_jax.data.batch import Batch, Branch, Packer, with_policy
 from csp_jax.families.registry import open_family
 from csp_jax.plan.program import step_program
 from csp_jax.sharding import make_mesh
@@ -101,7 +101,8 @@ def window_of(run: Run, responses: int, tokens: int) -> Batch:
         for one in drawn[start : start + run.rows]:
             said = generator.integers(5, 600, (responses, tokens)).tolist()
             branches = tuple((Branch(tuple(words), (1.0,) * tokens),) for words in said)
-            packer.add(Sample(one.sample.prompt, one.sample.pictures, branches), share_rows=False)
+            assert one.sample is not None, "made records have questions"
+            packer.add(dataclasses.replace(one.sample, groups=branches), share_rows=False)
         batch = with_policy(packer.batch)
         batch.advantage[:] = generator.standard_normal(batch.advantage.shape)
         batch.response_weight[:] = 1
