@@ -39,12 +39,12 @@ class Sizes:
     def config(self) -> dict[str, Any]:
         """`config.json` in the hub's layout; special tokens are those of the embedded world's tokenizer."""
         layers, width, ffn, heads = self.decoder
-        text = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": ffn}
+        text: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": ffn}
         text |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": self.vocabulary}
         text |= {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
         text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 4, "tie_word_embeddings": False}
         layers, width, ffn, heads = self.tower
-        vision = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": ffn}
+        vision: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": ffn}
         vision |= {"num_attention_heads": heads, "image_size": self.pixels, "patch_size": self.patch}
         vision |= {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "projection_dim": width}
         return {

@@ -65,7 +65,7 @@ class Updates:
         if not isinstance(self.windows, Rollouts):
             return {self.name: update}
         rollout = self._rollout(self.windows, self.window)
-        whole = dataclasses.replace(update, flops=update.flops + rollout.flops)  # tokens: those that are trained on
+        whole = dataclasses.replace(update, flops=flops + (rollout.flops or 0.0))  # tokens: those that are trained on
         return {self.name: whole, f"{self.name} rollout": rollout, f"{self.name} update": update}
 
     def _program_bytes(self) -> int | None:

@@ -51,7 +51,8 @@ def flat(batch: Batch) -> Batch:
 
 def micro_batches(window: Batch) -> list[Batch]:
     """A window's micro-batches, without what policies bring."""
-    plain = dataclasses.replace(window, **dict.fromkeys(Batch.POLICY))
+    nothing: dict[str, Any] = dict.fromkeys(Batch.POLICY)
+    plain = dataclasses.replace(window, **nothing)
     return [jax.tree.map(lambda x, n=n: x[n], plain) for n in range(len(window.prompt_tokens))]
 
 

@@ -55,7 +55,7 @@ class StepProgram:
     def traced_flops(self) -> float:
         """Of one update without recomputation, pairs of tokens that attention masks included."""
         config = self.config
-        parts = {"model": config.model.model_copy(update={"remat": "none"})}
+        parts: dict[str, Any] = {"model": config.model.model_copy(update={"remat": "none"})}
         parts["parallel"] = config.parallel.model_copy(update={"strategy": "mesh"})  # the same work, not mapped
         plain = config.model_copy(update=parts)
         model = nnx.merge(self.graphdef, self.state.trainable, self.state.frozen)
