@@ -68,7 +68,7 @@ def run_sizes(
 ) -> list[dict[str, Any]]:
     """A row for each (series, responses, tokens of each), timed in turns."""
     run = Run(config)
-    step = run.step_function()
+    step: Any = run.step_function()  # a jitted function, but for pmap
     windows = [window_of(run, responses, tokens) for _, responses, tokens in sizes]
     tasks = [_Size(str(number), run, step, window) for number, window in enumerate(windows)]
     in_turns(tasks, 2, lambda turn: say(f"warm-up {turn + 1} of 2"))

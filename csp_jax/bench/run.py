@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from csp_jax.bench.clock import Neighbours, Products, Seconds, in_turns, paired_ratio, peak_memory
+from csp_jax.bench.clock import Neighbours, Products, Seconds, Timed, in_turns, paired_ratio, peak_memory
 from csp_jax.bench.made import Lengths, open_or_make, write_shards
 from csp_jax.bench.tasks import Evaluation, Scores, Task, Updates, packed, prefill_and_distribution
 from csp_jax.bench.work import Work, micro_batches
@@ -101,8 +101,8 @@ def given_config(file: Path, made: Path, settings: Settings, overrides: Sequence
     if not is_native(folder) and not _has_weights(folder):
         model["random_init"] = True  # type: ignore[assignment]
     if not (Path(config.data.shards) / "manifest.json").exists():
-        family = open_family(folder)
-        data = {"shards": str(write_shards(made / file.stem, family, settings.lengths)), "split": "train"}
+        short = dataclasses.replace(settings.lengths, prompt=0)  # for the configured shape is to hold it
+        data = {"shards": str(write_shards(made / file.stem, open_family(folder), short)), "split": "train"}
     parts = {"model": config.model.model_copy(update=model), "data": config.data.model_copy(update=data)}
     return config.model_copy(update=parts)
 
@@ -118,11 +118,15 @@ def _has_weights(folder: Path) -> bool:
 
 
 def make_tasks(config: TrainConfig, names: Sequence[str], prefix: str = "") -> list[Task]:
-    """The tasks of a configuration: its own loss if that is among `names`, and what scores with its model."""
+    """The tasks of a configuration: its own loss if that is among `names`, and what scores with its model.
+
+    UserError: none of `names` is a task of it.
+    """
     tasks: list[Task] = []
     wanted = [name for name in names if name in SCORED or name == config.loss.name]
     if not wanted:
-        return tasks
+        mend = f"Use {', '.join((config.loss.name, *SCORED))}"
+        raise UserError("nothing to time: the configuration has another loss", field="--task", value=names, mend=mend)
     run = Run(config)
     windows = batches_for(config)(run)
     if config.loss.name in wanted:
@@ -183,7 +187,7 @@ def measure(
     The roofline takes its turn like everybody, so that a part's MFU comes from pairs, as ratios do.
     """
     products = Products(jnp.dtype(dtype))
-    everyone = [*tasks, products]
+    everyone: list[Timed] = [*tasks, products]
     in_turns(everyone, warmup, lambda turn: say(f"warm-up {turn + 1} of {warmup}"))
     neighbours = Neighbours()
     seconds = in_turns(everyone, repeats, lambda turn: say(f"turn {turn + 1} of {repeats}"))

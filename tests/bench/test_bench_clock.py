@@ -38,7 +38,6 @@ def test_ratios_are_of_pairs():
     load = generator.uniform(1, 7, 9)
     ours, theirs = 2.0 * load, 5.0 * load
     assert paired_ratio(theirs, ours) == pytest.approx(2.5)
-    assert abs(np.median(theirs) / np.median(generator.permutation(ours) * generator.uniform(1, 7, 9)) - 2.5) > 0.1
     noisy = theirs * generator.uniform(0.9, 1.1, 9)
     assert paired_ratio(noisy, ours) == sorted(a / b for a, b in zip(noisy, ours))[4]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +41,9 @@ def test_rows_of_sizes(ground):
 @pytest.mark.slow
 def test_no_logits_of_what_is_not_scored(ground, tmp_path):
     """Another word costs a few numbers for each scored token, not one for each token of the row."""
-    settings = dataclasses.replace(SETTINGS, samples=2, tokens=2)
-    few = config(ground, "grpo", f"rollout.samples={settings.samples}", f"rollout.max_tokens={settings.tokens}")
-    words = np.array([1000, 9000])
+    samples, tokens, rows = 2, 2, 8  # rows of each of eight devices
+    settings = (f"rollout.samples={samples}", f"rollout.max_tokens={tokens}", f"batch.rows={8 * rows}")
+    few, words = config(ground, "grpo", *settings), np.array([1000, 9000])
     held = [vocabulary_row(few, ground / "checkpoint", tmp_path, int(n))["temporary_bytes"] for n in words]
     slope = np.diff(held)[0] / np.diff(words)[0]
-    scored = settings.samples * settings.tokens  # a row; each device has one
-    assert 4 * scored <= slope < 4 * PROMPT
+    assert 4 * rows * samples * tokens <= slope < 4 * rows * PROMPT
