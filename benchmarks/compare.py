@@ -21,28 +21,30 @@ from prepare import HERE, prepare
 
 from csp_jax.bench.clock import paired_ratio
 
-# Of each task: contestants (environment and script), what they are told, and how many responses, pairs or pictures an
-# update has.
-OURS = ("csp_jax", "", "with_csp.py", None)
-LINES: dict[str, tuple[list[tuple[str, str, str, str | None]], dict[str, int]]] = {
+# Of each task: contestants (environment and script), and the sizes of an update or a pass.
+OURS = ("csp_jax", "", "with_csp.py")
+LINES: dict[str, tuple[list[tuple[str, str, str]], dict[str, int]]] = {
     "sft": (
-        [OURS, ("trl", "trl", "with_trl.py", None), ("ms-swift", "swift", "with_swift.py", None),
-         ("torch", "trl", "with_torch.py", None)],
+        [OURS, ("trl", "trl", "with_trl.py"), ("ms-swift", "swift", "with_swift.py"),
+         ("torch", "trl", "with_torch.py")],
         {"rows": 8, "accumulation": 2},
     ),
     "simpo": (
-        [OURS, ("trl", "trl", "with_trl.py", None), ("ms-swift", "swift", "with_swift.py", None),
-         ("torch", "trl", "with_torch.py", None)],
+        [OURS, ("trl", "trl", "with_trl.py"), ("ms-swift", "swift", "with_swift.py"),
+         ("torch", "trl", "with_torch.py")],
         {"rows": 8, "accumulation": 2},
     ),
     "grpo": (
-        [OURS, ("trl", "trl", "with_trl.py", None), ("ms-swift", "swift", "with_swift.py", None)],
+        [OURS, ("trl", "trl", "with_trl.py"), ("ms-swift", "swift", "with_swift.py")],
         {"rows": 2, "accumulation": 2, "samples": 4, "tokens": 8, "rank": 16},
     ),
-    "eval": (
-        [("csp_jax query", "", "with_csp.py", "query"), ("csp_jax eval", "", "with_csp.py", "eval"),
-         ("transformers", "trl", "with_transformers.py", None)],
+    "query": (
+        [OURS, ("transformers", "trl", "with_transformers.py")],
         {"rows": 16, "accumulation": 1, "tokens": 5},
+    ),
+    "eval": (
+        [OURS, ("transformers", "trl", "with_transformers.py")],
+        {"rows": 8, "accumulation": 1, "tokens": 5},
     ),
 }  # fmt: skip
 
@@ -92,14 +94,14 @@ def run_line(task: str, folder: Path, peers: Path, *, repeats: int, warmup: int,
     contestants, sizes = LINES[task]
     running: list[Contestant] = []
     try:
-        for name, environment, script, told in contestants:
+        for name, environment, script in contestants:
             python = peers / environment / "bin" / "python" if environment else Path(sys.executable)
             if not python.exists():
                 print(f"{name}: {python} is not there (benchmarks/setup.sh {environment})", file=sys.stderr)
                 continue
             options = [f"--{key}={value}" for key, value in {**sizes, "threads": threads}.items()]
-            log = folder / f"{task}-{name.replace(' ', '-')}.log"
-            arguments = [str(folder), told or task, *options]
+            log = folder / f"{task}-{name}.log"
+            arguments = [str(folder), task, *options]
             running.append(Contestant(name, python, HERE / "contestants" / script, arguments, log, threads))
         answers: dict[str, list[dict[str, Any]]] = {one.name: [] for one in running}
         for turn in range(warmup + repeats):

@@ -14,6 +14,7 @@ from pathlib import Path
 from csp_jax.bench.made import MODELS, Lengths, write_model, write_shards
 from csp_jax.data.shards import ShardSource
 from csp_jax.families.registry import open_family
+from csp_jax.records import Record
 from csp_jax.text import Prompts
 
 HERE = Path(__file__).parent
@@ -24,7 +25,7 @@ def prepare(folder: Path, model: str, prompt: int, peers: Path) -> None:
     sizes = MODELS[model]
     checkpoint = write_model(folder / "model", sizes)
     write_shards(folder / "records", open_family(checkpoint), Lengths(prompt, 64, sizes.pixels))
-    source = ShardSource(folder / "records", "train")
+    source, several = (ShardSource(folder / "records", split) for split in ("train", "test"))
     rows = []
     (folder / "pictures").mkdir(exist_ok=True)
     for number in range(len(source)):
@@ -33,10 +34,18 @@ def prepare(folder: Path, model: str, prompt: int, peers: Path) -> None:
         item = record.items[0]
         query = Prompts().ask_confidence(item.question, item.response)
         row = {"image": name, "question": item.question, "chosen": item.response, "rejected": item.rejected}
-        rows.append({**row, "query": query, "truth": item.truth})
+        rows.append({**row, "query": query, "truth": item.truth, "protocol": protocol(several[number])})
     (folder / "rows.json").write_text(json.dumps(rows, indent=1))
     if not (folder / "hub" / "preprocessor_config.json").exists() and (peers / "trl").exists():
         subprocess.run([peers / "trl/bin/python", HERE / "hub_folder.py", folder], check=True)
+
+
+def protocol(record: Record) -> list[str]:
+    """All that an evaluation asks about a picture: each question, and the confidence in each of its candidates."""
+    prompts, asked = Prompts(), []
+    for item in record.items:
+        asked += [prompts.ask(item.question), *(prompts.ask_confidence(item.question, c) for c in item.candidates)]
+    return asked
 
 
 if __name__ == "__main__":

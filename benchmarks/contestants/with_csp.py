@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def query(config):
-    """One confidence query a picture: picture and words read, all 101 answers scored; as many pictures as an update."""
+    """One confidence query a picture: picture and words read, all 101 answers scored; a picture a row."""
     import jax
 
     from csp_jax.bench.tasks import packed, prefill_and_distribution
@@ -39,7 +39,7 @@ def query(config):
     family, scorer = open_family(run.source_folder), Scorer(run.model(), run.mesh)
 
     def turn() -> None:
-        _, samples = prefill_and_distribution(family, run.source, run.rows * config.batch.accumulation)
+        _, samples = prefill_and_distribution(family, run.source, run.rows)
         jax.block_until_ready([scorer(batch) for batch in packed(samples, run.rows)])
 
     return turn

@@ -1,4 +1,5 @@
-"""transformers: greedy `generate` of the answer to one confidence query a picture."""
+"""transformers: greedy `generate`. `query`: the answer to one confidence query a picture; `eval`: to all that an
+evaluation asks about each picture."""
 
 from __future__ import annotations
 
@@ -20,12 +21,14 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(folder / "hub")
     processor.tokenizer.padding_side = "left"
     model = LlavaForConditionalGeneration.from_pretrained(folder / "hub", dtype=torch.float32).eval()
-    rows = json.loads((folder / "rows.json").read_text())[: given.rows * given.accumulation]
+    rows = json.loads((folder / "rows.json").read_text())[: given.rows]
+    if given.task == "eval":
+        rows = [{**row, "query": text} for row in rows for text in row["protocol"]]
     while True:
         turns.wait()
         said: list[str] = []
-        for start in range(0, len(rows), given.rows):
-            part = rows[start : start + given.rows]
+        for start in range(0, len(rows), 16):
+            part = rows[start : start + 16]
             text = asked(processor, [row["query"] for row in part])
             pictures = [[Image.open(folder / row["image"]).convert("RGB")] for row in part]
             batch = processor(images=pictures, text=text, padding=True, add_special_tokens=False, return_tensors="pt")

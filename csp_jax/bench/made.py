@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from csp_jax.families.interface import IMAGE_MARK, HostFamily
 from csp_jax.families.registry import open_family
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.registry import new_model, save_model
-from csp_jax.records import Item, Record, Region, ShardWriter, encode_mask
+from csp_jax.records import Item, Record, Region, ShardWriter, encode_mask, read_manifest
+from csp_jax.text import existence_question
 from csp_jax.world import BASE
 
-QUESTION = "Is there a dog in the image?"
+OBJECTS = ("dog", "cat", "chair", "car", "bottle", "cup")  # as many questions a picture as POPE asks
 FILLER = " the"
 
 
@@ -100,30 +102,31 @@ def write_tokenizer(file: Path, vocabulary: int) -> None:
     file.write_text(json.dumps(values))
 
 
-def question_of(family: HostFamily, pixels: int, length: int) -> str:
-    """A question whose prompt, with one picture, has `length` tokens.
+def question_of(family: HostFamily, pixels: int, length: int, noun: str = OBJECTS[0]) -> str:
+    """A question whose prompt, with one picture, has `length` tokens (0: as short as it is).
 
     UserError where prompts cannot be so short.
     """
     slots = (family.image_tokens(family.canvas(Image.new("RGB", (pixels, pixels)))),)
+    question = existence_question(noun)
 
     @functools.cache
     def tokens(words: int) -> int:
-        return len(family.encode(QUESTION + FILLER * words, None, slots).tokens)
+        return len(family.encode(question + FILLER * words, None, slots).tokens)
 
     if not length:
-        return QUESTION
+        return question
     if tokens(0) > length:
         problem = f"the picture and the shortest question take {tokens(0)} tokens"
         raise UserError(problem, field="--prompt", value=length, mend=f"Use {tokens(0)} or more")
     words = 0
     while tokens(words) < length:
         words += 1
-    return QUESTION + FILLER * words
+    return question + FILLER * words
 
 
-def made_record(number: int, question: str, pixels: int) -> Record:
-    """Random colours, a rectangle that is the object, and one question about it; all that any recipe asks for."""
+def made_record(number: int, questions: Sequence[str], pixels: int) -> Record:
+    """Random colours, a rectangle that is the object, and questions about it; all that any recipe asks for."""
     generator = np.random.default_rng(number)
     image = Image.fromarray(generator.integers(0, 256, (pixels, pixels, 3), dtype=np.uint8))
     left, top = (int(x) for x in generator.integers(0, pixels // 2, 2))
@@ -131,31 +134,37 @@ def made_record(number: int, question: str, pixels: int) -> Record:
     ImageDraw.Draw(image).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=tuple(generator.integers(0, 256, 3)))
     mask = np.zeros((pixels, pixels), bool)
     mask[box[1] : box[3], box[0] : box[2]] = True
-    item = Item(
-        id=f"{number}-0",
-        question=question,
-        response="73%",
-        rejected="27%",
-        keyword="dog",
-        regions=(0,),
-        truth="yes",
-        candidates=("yes", "no"),
-        right=1,
-        category="existence",
+    items = tuple(
+        Item(
+            id=f"{number}-{place}",
+            question=question,
+            response="73%",
+            rejected="27%",
+            keyword=OBJECTS[0],
+            regions=(0,),
+            truth="yes",
+            candidates=("yes", "no"),
+            right=1,
+            category="existence",
+        )
+        for place, question in enumerate(questions)
     )
     file = io.BytesIO()
     image.save(file, "png")
     name = f"made-{number}"
-    return Record(name, "made", name, (file.getvalue(),), (Region("dog", box, encode_mask(mask)),), (item,))
+    region = Region(OBJECTS[0], box, encode_mask(mask))
+    return Record(name, "made", name, (file.getvalue(),), (region,), items)
 
 
 def write_shards(folder: Path, family: HostFamily, lengths: Lengths) -> Path:
-    """A split `train` of made records; one that is there stays."""
-    if not (folder / "manifest.json").exists():
-        question = question_of(family, lengths.pixels, lengths.prompt)
-        with ShardWriter(folder, dataset="made", split="train") as writer:
+    """Splits `train`, one question a record, and `test`, six as POPE has them; those that are there stay."""
+    asked = [question_of(family, lengths.pixels, lengths.prompt, noun) for noun in OBJECTS]
+    for split, questions in (("train", asked[:1]), ("test", asked)):
+        if (folder / "manifest.json").exists() and split in read_manifest(folder).splits:
+            continue
+        with ShardWriter(folder, dataset="made", split=split) as writer:
             for number in range(lengths.records):
-                writer.write(made_record(number, question, lengths.pixels))
+                writer.write(made_record(number, questions, lengths.pixels))
     return folder
 
 

@@ -30,6 +30,7 @@ from csp_jax.models.lora import merge_adapter
 from csp_jax.models.native import is_native
 from csp_jax.plan.run import model_folder
 from csp_jax.policy import batches_for
+from csp_jax.records import read_manifest
 from csp_jax.text import Prompts
 from csp_jax.train.loop import Run
 
@@ -146,12 +147,18 @@ def scoring_tasks(run: Run, names: Sequence[str], prefix: str) -> list[Task]:
         window = next(iter(run.dataset()))
         tasks.append(Scores(f"{prefix}base", scorer, model, micro_batches(window.batch)))
     if "eval" in names:
-        tasks.append(Evaluation(f"{prefix}eval", model, family, run.source, run, run.rows))
+        tasks.append(Evaluation(f"{prefix}eval", model, family, evaluated(run), run))
     if "prefill" in names:
         count = min(run.rows, len(run.source))
         for name, samples in zip(("prefill", "distribution"), prefill_and_distribution(family, run.source, count)):
             tasks.append(Scores(f"{prefix}{name}", scorer, model, packed(samples, count)))
     return tasks
+
+
+def evaluated(run: Run) -> ShardSource:
+    """The split `test` of a run's data where there is one."""
+    data = run.config.data
+    return ShardSource(data.shards, "test") if "test" in read_manifest(data.shards).splits else run.source
 
 
 def made_tasks(

@@ -106,21 +106,19 @@ class Scores:
 
 
 class Evaluation:
-    """`csp eval`'s pass over records: pictures opened, questions as trees, scored, read."""
+    """`csp eval`'s pass over one batch of records: pictures opened, questions as trees, scored, read."""
 
-    def __init__(
-        self, name: str, model: VisionLanguageModel, family: HostFamily, source: ShardSource, run: Run, rows: int
-    ):
-        self.name, self.model, self.family, self.source, self.run, self.rows = name, model, family, source, run, rows
-        self.limit = rows * run.config.batch.accumulation
+    def __init__(self, name: str, model: VisionLanguageModel, family: HostFamily, source: ShardSource, run: Run):
+        self.name, self.model, self.family, self.source, self.mesh = name, model, family, source, run.mesh
+        self.rows = run.rows
 
     def __call__(self) -> dict[str, float]:
         start = time.perf_counter()
-        evaluate(self.model, self.family, Prompts(), self.source, self.run.mesh, limit=self.limit, rows=self.rows)
+        evaluate(self.model, self.family, Prompts(), self.source, self.mesh, limit=self.rows, rows=self.rows)
         return {self.name: time.perf_counter() - start}
 
     def work(self) -> dict[str, Work]:
-        records = [self.source[number] for number in range(min(self.limit, len(self.source)))]
+        records = [self.source[number] for number in range(min(self.rows, len(self.source)))]
         scenes = [scene_trees(self.family, Prompts(), record, choice_items(record)) for record in records]
         batches = packed([scene.sample for scene in scenes], self.rows)
         asked = sum(len(question.confidence) for scene in scenes for question in scene.questions)

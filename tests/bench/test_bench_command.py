@@ -55,7 +55,8 @@ def test_every_task_once(ground, tmp_path, rows):
     fed = by_name["grpo update"]["tokens"] - 8 * PROMPT  # of each response all but the last token
     assert 0 < fed <= 24 * 3
     assert by_name["grpo update"]["sequence_tokens"] == 24 * (PROMPT + 1) + fed
-    assert by_name["eval"]["samples"] == 16  # two candidates each
+    assert by_name["eval"]["images"] == 8
+    assert by_name["eval"]["samples"] == 8 * 6 * 2  # six questions, two candidates each
     assert by_name["grpo"]["flops"] == by_name["grpo rollout"]["flops"] + by_name["grpo update"]["flops"]
     assert by_name["distribution"]["ratio_to"] == "prefill"
     for name in ("base", "sft", "simpo", "grpo update", "prefill", "distribution"):
@@ -94,10 +95,12 @@ def test_questions_have_the_length_that_is_asked_for(ground):
 
 
 def test_made_records_are_records():
-    record = made_record(3, "Is there a dog in the image?", 40)
+    questions = ("Is there a dog in the image?", "Is there a cat in the image?")
+    record = made_record(3, questions, 40)
     assert decode(encode(record)) == record
-    assert made_record(3, "Is there a dog in the image?", 40) == record
-    assert made_record(4, "Is there a dog in the image?", 40).images != record.images
+    assert tuple(item.question for item in record.items) == questions
+    assert made_record(3, questions, 40) == record
+    assert made_record(4, questions, 40).images != record.images
 
 
 def test_what_cannot_be_timed(ground, monkeypatch, capsys):
