@@ -14,8 +14,8 @@ from csp_jax.errors import UserError
 from csp_jax.families.registry import open_family
 from csp_jax.records import decode, encode
 
-PARTS = ["base", "sft", "simpo", "grpo", "grpo rollout", "grpo update", "eval", "prefill", "distribution"]
 SIZE = ["--rows", "8", "--accumulation", "1", "--prompt", str(PROMPT), "--samples", "3", "--tokens", "4"]
+SIZE += ["--repeats", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -38,32 +38,63 @@ def rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     return run
 
 
-@pytest.mark.slow
-def test_every_task_once(ground, tmp_path, rows):
-    found = rows("--model", ground / "checkpoint", "--repeats", 2, "--keep", tmp_path / "kept", *SIZE)
-    assert [row["task"] for row in found] == [*PARTS, "matmul float32"]
-    by_name = {row["task"]: row for row in found}
+def check(found: list[dict], *parts: str) -> dict[str, dict]:
+    """What holds of all rows; the rows by name."""
+    assert [row["task"] for row in found] == [*parts, "matmul float32"]
     for row in found:
         assert len(row["all_seconds"]) == row["turns"] == 2
         assert row["seconds"] >= row["best_seconds"] > 0
         assert row["steps_per_second"] == pytest.approx(1 / row["seconds"])
         assert row["flops"] > 0
         assert row["peak_bytes"] > 0
-    assert by_name["sft"]["samples"] == by_name["sft"]["images"] == 8
-    assert by_name["simpo"]["samples"] == 16
-    assert by_name["grpo update"]["samples"] == by_name["grpo rollout"]["samples"] == 24
-    fed = by_name["grpo update"]["tokens"] - 8 * PROMPT  # of each response all but the last token
+    for row in found[:-1]:
+        assert 0 < row["filled"] <= 1
+        assert row["mfu"] > 0
+    return {row["task"]: row for row in found}
+
+
+@pytest.mark.slow
+def test_scoring_and_sft(ground, tmp_path, rows):
+    found = rows("--model", ground / "checkpoint", *SIZE, "--task", "base", "--task", "sft", "--keep", tmp_path)
+    by_name = check(found, "base", "sft")
+    for row in by_name.values():
+        assert row["ratio_to"] == "sft"
+    for name in ("base", "sft"):
+        assert by_name[name]["samples"] == by_name[name]["images"] == 8
+        assert by_name[name]["program_bytes"] > 0
+    assert 2.5 < by_name["sft"]["flops"] / by_name["base"]["flops"] < 3  # no gradient with respect to pictures
+    # what was made serves again
+    assert (tmp_path / f"checkpoint-{PROMPT}-records" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_pairs(ground, rows):
+    by_name = check(rows("--model", ground / "checkpoint", *SIZE, "--task", "simpo"), "simpo")
+    assert by_name["simpo"]["samples"] == 2 * by_name["simpo"]["images"] == 16
+
+
+@pytest.mark.slow
+def test_a_policy(ground, rows):
+    found = rows("--model", ground / "checkpoint", *SIZE, "--task", "grpo")
+    by_name = check(found, "grpo", "grpo rollout", "grpo update")
+    whole, rollout, update = (by_name[name] for name in ("grpo", "grpo rollout", "grpo update"))
+    assert update["samples"] == rollout["samples"] == 24
+    fed = update["tokens"] - 8 * PROMPT  # of each response all but the last token
     assert 0 < fed <= 24 * 3
-    assert by_name["grpo update"]["sequence_tokens"] == 24 * (PROMPT + 1) + fed
+    assert update["sequence_tokens"] == 24 * (PROMPT + 1) + fed
+    assert whole["flops"] == rollout["flops"] + update["flops"]
+    for both, *halves in zip(whole["all_seconds"], rollout["all_seconds"], update["all_seconds"]):
+        assert both == pytest.approx(sum(halves))
+
+
+@pytest.mark.slow
+def test_evaluation(ground, rows):
+    found = rows("--model", ground / "checkpoint", *SIZE, "--task", "eval", "--task", "prefill")
+    by_name = check(found, "eval", "prefill", "distribution")
     assert by_name["eval"]["images"] == 8
     assert by_name["eval"]["samples"] == 8 * 6 * 2  # six questions, two candidates each
-    assert by_name["grpo"]["flops"] == by_name["grpo rollout"]["flops"] + by_name["grpo update"]["flops"]
     assert by_name["distribution"]["ratio_to"] == "prefill"
-    for name in ("base", "sft", "simpo", "grpo update", "prefill", "distribution"):
-        assert by_name[name]["program_bytes"] > 0
-        assert 0 < by_name[name]["filled"] <= 1
-    # what was made serves again
-    assert (tmp_path / "kept" / f"checkpoint-{PROMPT}-records" / "manifest.json").exists()
+    assert by_name["distribution"]["tokens"] > by_name["prefill"]["tokens"]
 
 
 def test_a_configuration_without_weights_and_records(ground, tmp_path, rows):
