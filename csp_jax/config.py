@@ -42,9 +42,11 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     freeze: tuple[str, ...] = ()  # regular expressions on parameter paths
-    # Activations of a layer that are kept for its gradient: all, none, products, or products with weights only.
-    remat: Literal["none", "full", "dots", "weights"] = "none"
-    attention: Literal["xla", "pallas"] = "xla"  # pallas: our kernel, for NVIDIA GPUs from the A100 on
+    # Activations of a layer that are kept for its gradient: all, none, products, products with weights only, or what
+    # attention reads and gives.
+    remat: Literal["none", "full", "dots", "weights", "save_names"] = "none"
+    # pallas: our kernel, for NVIDIA GPUs from the A100 on; cudnn: its library's, a prompt a row; splash: for TPUs.
+    attention: Literal["xla", "pallas", "cudnn", "splash"] = "xla"
     lora: LoraConfig | None = None  # train an adapter and nothing else
 
     @pydantic.model_validator(mode="after")
@@ -62,6 +64,7 @@ class ShapeConfig(Section):
     length: AtLeastOne = 48
     targets: AtLeastOne = 16
     responses: AtLeastOne = 32
+    samples: AtLeastOne = 1  # of a row; all other sizes are then those of what they hold together
     cells: Count = 0  # tiles, crops or patches of all pictures; 0: one a picture
 
 
@@ -237,6 +240,9 @@ class TrainConfig(Section):
             raise UserError("grpo samples the answers itself", field=field, value=value, mend=mend)
         if questions and not policy:
             raise UserError("questions have no answers to train on", field=field, value=value, mend="Use loss grpo")
+        if policy and self.data.recipe.shape.samples > 1:
+            field, samples = "data.recipe.shape.samples", self.data.recipe.shape.samples
+            raise UserError("grpo asks one question a row", field=field, value=samples, mend="Leave it 1")
         if policy and self.loss.grounding:
             mend = "Leave it 0"
             raise UserError("grpo names no slots", field="loss.grounding", value=self.loss.grounding, mend=mend)

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 
 from csp_jax.calibration.protocols import Reading, read_question
 from csp_jax.data.batch import Batch, Packer
-from csp_jax.data.buckets import Buckets
+from csp_jax.data.buckets import Buckets, alike
 from csp_jax.errors import UserError
 from csp_jax.families.interface import HostFamily
 from csp_jax.losses.logprobs import score
@@ -32,6 +32,7 @@ from csp_jax.scenes import SceneTrees, scene_trees, shape_of
 from csp_jax.sharding import put_batch
 from csp_jax.text import Prompts
 
+PATIENCE = 16  # batches that a compilation has to serve
 SUBSETS = ("random", "popular", "adversarial", "attribute", "relation")
 
 
@@ -121,6 +122,10 @@ class Scorer:
         """Log-probabilities of all targets and the model's own tokens there, on the device."""
         return _score(self._graphdef, self._state, put_batch(batch, self.mesh, leading=0), dtype=self.dtype)
 
+    def lower(self, batch: Batch) -> jax.stages.Lowered:
+        """The program of a pass, not yet compiled."""
+        return _score.lower(self._graphdef, self._state, put_batch(batch, self.mesh, leading=0), dtype=self.dtype)
+
 
 def evaluate(
     model: VisionLanguageModel,
@@ -146,13 +151,14 @@ def _ask_scenes(
 ) -> Answers:
     """What the scenes' questions are answered with."""
     shape = shape_of([scene.sample for scene in scenes], rows)
-    found: list[tuple[Record, Item, Reading]] = []
-    for number, (chunk, result) in enumerate(_sweep(scorer, Buckets(shape), scenes)):
-        for scene, readings in zip(chunk, _readings(chunk, result, shape.targets), strict=True):
-            found += [(scene.record, *pair) for pair in zip(scene.items, readings, strict=True)]
+    found: dict[int, list[tuple[Record, Item, Reading]]] = {}
+    for number, (chunk, result) in enumerate(_sweep(scorer, Buckets(shape, PATIENCE), scenes)):
+        asked = [scenes[place] for place in chunk]
+        for place, scene, readings in zip(chunk, asked, _readings(asked, result, shape.targets), strict=True):
+            found[place] = [(scene.record, *pair) for pair in zip(scene.items, readings, strict=True)]
         if progress:
             progress((number + 1) * rows, len(scenes))
-    return collect(found)
+    return collect([answer for place in range(len(scenes)) for answer in found[place]])
 
 
 def gathered(answers: Answers | None) -> Answers:
@@ -176,8 +182,9 @@ def ask_records(
     """What a model says to one question about each of several pictures, in one batch."""
     scenes = [scene_trees(family, prompts, record, (item,)) for record in records]
     whole = shape_of([scene.sample for scene in scenes], len(scenes))
-    ((_, result),) = _sweep(scorer, Buckets(whole), scenes)
-    return [reading for (reading,) in _readings(scenes, result, whole.targets)]
+    ((chunk, result),) = _sweep(scorer, Buckets(whole), scenes)
+    readings = dict(zip(chunk, _readings([scenes[place] for place in chunk], result, whole.targets), strict=True))
+    return [readings[place][0] for place in range(len(scenes))]
 
 
 def _readings(
@@ -195,15 +202,14 @@ def _readings(
 
 def _sweep(
     scorer: Scorer, buckets: Buckets, scenes: Sequence[SceneTrees]
-) -> Iterator[tuple[Sequence[SceneTrees], tuple[jax.Array, jax.Array]]]:
-    """Score scenes in chunks; the next chunk is on its way before the last one is read."""
-    rows = buckets.whole.rows
-    waiting: tuple[Sequence[SceneTrees], tuple[jax.Array, jax.Array]] | None = None
-    for start in range(0, len(scenes), rows):
-        chunk = scenes[start : start + rows]
-        packer = Packer(buckets([scene.sample for scene in chunk]))
-        for scene in chunk:
-            packer.add(scene.sample, share_rows=False)
+) -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
+    """Score scenes (by their numbers) in chunks of like ones; the next is on its way before the last one is read."""
+    waiting: tuple[list[int], tuple[jax.Array, jax.Array]] | None = None
+    for chunk in alike([scene.sample for scene in scenes], buckets.whole.rows):
+        samples = [scenes[place].sample for place in chunk]
+        packer = Packer(buckets(samples))
+        for sample in samples:
+            packer.add(sample, share_rows=False)
         result = scorer(packer.batch)
         if waiting is not None:
             yield waiting

@@ -72,6 +72,11 @@ class Sample:
     groups: tuple[tuple[Branch, ...] | Tree, ...]
     slot_names: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
+    @property
+    def responses(self) -> int:
+        """How many there are: a branch is one, and so is a merged tree."""
+        return sum(len(_roles(group)) for group in self.groups)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -229,6 +234,28 @@ def with_policy(batch: Batch) -> Batch:
     )
 
 
+def refuse_what_never_fits(sample: Sample, trees: Sequence[Tree], shape: Shape, *, groups: int) -> None:
+    """BatchOverflow names the size that is too small for the sample even in an empty row, in so many groups."""
+    needs = {
+        "prompt": (len(sample.prompt), shape.prompt),
+        "groups": (groups, shape.groups),
+        "responses": (sample.responses, shape.responses),
+        "pictures": (len(sample.pictures), shape.pictures),
+        "cells": (sum(picture.cells for picture in sample.pictures), shape.cells or shape.pictures),
+        "length": (max((len(tree.tokens) for tree in trees), default=0), shape.length),
+        "targets": (max((len(tree.targets) for tree in trees), default=0), shape.targets),
+    }
+    for name, (has, limit) in needs.items():
+        if has > limit:
+            raise BatchOverflow(
+                f"a sample needs {has}", field=f"shape.{name}", value=limit, mend=f"Set it to {has} or more"
+            )
+    for picture in sample.pictures:
+        cell = picture.cell or picture.canvas.shape[:2]
+        if cell != shape.canvas:
+            raise BatchOverflow(f"a picture has {cell}", field="shape.canvas", value=shape.canvas)
+
+
 class Packer:
     """Fills one batch with samples; several may share a row, each its own segment."""
 
@@ -236,49 +263,44 @@ class Packer:
         self.shape = shape
         self.batch = empty_batch(shape)
         self._used = np.zeros((shape.rows, 6), int)  # prompt, groups, responses, pictures, cells, samples
+        self._filled = np.zeros((shape.rows, shape.groups, 2), int)  # fed and scored tokens of each group
         cells = shape.cells or shape.pictures
         self._limits = np.array([shape.prompt, shape.groups, shape.responses, shape.pictures, cells, 1 << 30])
 
     def add(self, sample: Sample, *, share_rows: bool = True) -> Place | None:
-        """Put a sample where it fits; None if this batch has no room left."""
+        """Put a sample where it fits, its trees in groups of their own; None if this batch has no room left."""
         trees = [group if isinstance(group, Tree) else merge_branches(group) for group in sample.groups]
-        cells = sum(picture.cells for picture in sample.pictures)
-        need = np.array([len(sample.prompt), len(trees), self._responses(sample), len(sample.pictures), cells, 1])
-        self._refuse_what_never_fits(sample, trees, need)
+        refuse_what_never_fits(sample, trees, self.shape, groups=len(trees))
+        need = self._need(sample, len(trees))
         for row in range(self.shape.rows):
             free = share_rows or self._used[row, -1] == 0
             if free and np.all(self._used[row] + need <= self._limits):
-                place = Place(row, int(self._used[row, 1]), int(self._used[row, 2]))
-                self._write(sample, trees, row)
-                self._used[row] += need
-                return place
+                first = int(self._used[row, 1])
+                return self.put(sample, trees, row, range(first, first + len(trees)))
         return None
 
+    def put(self, sample: Sample, trees: Sequence[Tree], row: int, groups: Sequence[int]) -> Place:
+        """Put a sample into a row, each of its (merged) trees behind what one of the row's groups holds already.
+
+        ValueError: it does not fit there.
+        """
+        used, need = self._used[row], self._need(sample, max(groups, default=-1) + 1)
+        need[1] = max(need[1] - used[1], 0)
+        if np.any(used + need > self._limits):
+            raise ValueError(f"row {row} has no room for the sample")
+        place = Place(row, min(groups, default=0), int(used[2]))
+        self._write(sample, trees, row, groups)
+        used += need
+        return place
+
     @staticmethod
-    def _responses(sample: Sample) -> int:
-        return sum(len(_roles(group)) for group in sample.groups)
+    def _need(sample: Sample, groups: int) -> np.ndarray:
+        cells = sum(picture.cells for picture in sample.pictures)
+        return np.array([len(sample.prompt), groups, sample.responses, len(sample.pictures), cells, 1])
 
-    def _refuse_what_never_fits(self, sample: Sample, trees: list[Tree], need: np.ndarray) -> None:
-        shape = self.shape
-        longest = max((len(tree.tokens) for tree in trees), default=0)
-        most = max((len(tree.targets) for tree in trees), default=0)
-        for name, has, limit in (
-            *zip(("prompt", "groups", "responses", "pictures", "cells"), need, self._limits),
-            ("length", longest, shape.length),
-            ("targets", most, shape.targets),
-        ):
-            if has > limit:
-                raise BatchOverflow(
-                    f"a sample needs {has}", field=f"shape.{name}", value=int(limit), mend=f"Set it to {has} or more"
-                )
-        for picture in sample.pictures:
-            cell = picture.cell or picture.canvas.shape[:2]
-            if cell != shape.canvas:
-                raise BatchOverflow(f"a picture has {cell}", field="shape.canvas", value=shape.canvas)
-
-    def _write(self, sample: Sample, trees: list[Tree], row: int) -> None:
+    def _write(self, sample: Sample, trees: Sequence[Tree], row: int, groups: Sequence[int]) -> None:
         batch = self.batch
-        start, group, response, picture, cell, count = (int(x) for x in self._used[row])
+        start, _, response, picture, cell, count = (int(x) for x in self._used[row])
         end = start + len(sample.prompt)
         batch.prompt_tokens[row, start:end] = sample.prompt
         batch.prompt_segment[row, start:end] = count + 1
@@ -286,11 +308,11 @@ class Packer:
             batch.grid[row, picture + offset] = item.grid
             self._write_picture(row, cell, item)
             cell += item.cells
-        for branches, tree in zip(sample.groups, trees, strict=True):
+        for branches, tree, group in zip(sample.groups, trees, groups, strict=True):
             self._write_tree(row, group, response, end - 1, tree)
             roles = _roles(branches)
             batch.role[row, response : response + len(roles)] = roles
-            group, response = group + 1, response + len(roles)
+            response += len(roles)
         for index, tokens in sample.slot_names:
             batch.slot_name[row, start + index, : len(tokens)] = tokens
 
@@ -307,16 +329,21 @@ class Packer:
 
     def _write_tree(self, row: int, group: int, response: int, root: int, tree: Tree) -> None:
         batch, shape = self.batch, self.shape
-        fed = slice(group * shape.length, group * shape.length + len(tree.tokens))
-        first = shape.prompt + group * shape.length
+        (held_fed, held_scored), added = self._filled[row, group], (len(tree.tokens), len(tree.targets))
+        if held_fed + added[0] > shape.length or held_scored + added[1] > shape.targets:
+            raise ValueError(f"group {group} of row {row} has no room for the tree")
+        start = group * shape.length + int(held_fed)
+        fed, first = slice(start, start + added[0]), shape.prompt + start
         batch.tokens[row, fed] = tree.tokens
         batch.parent[row, fed] = [root if parent < 0 else first + parent for parent in tree.parents]
         if tree.targets:
             token, parent, weight, branch = zip(*tree.targets)
-            at = slice(group * shape.targets, group * shape.targets + len(tree.targets))
+            start = group * shape.targets + int(held_scored)
+            at = slice(start, start + added[1])
             batch.target_token[row, at], batch.target_weight[row, at] = token, weight
             batch.target_parent[row, at] = [root if node < 0 else first + node for node in parent]
             batch.target_response[row, at] = response + np.array(branch)
+        self._filled[row, group] += added
 
 
 def split_prefix(sequences: Sequence[tuple[int, ...]], at_least: int) -> int:

@@ -8,18 +8,31 @@ and to its own ancestors. Softmax runs once over both kinds of keys, so nothing 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from csp_jax.models.blocks import keep
 from csp_jax.models.interval_attention import NOTHING, Outputs, interval_attention, merge
+from csp_jax.models.splash import splash_attention
 from csp_jax.sharding import split_kernel
 
 NEGATIVE = -1e30
-KERNELS = ("pallas", "pallas_interpret")
 BOTH_WAYS = "both_ways"  # the scope of attention that is not causal, in the names of what is compiled
+
+# Besides `xla`. Kernels of ours for all queries on the prompt's keys; and who computes the prompt's own attention.
+# The second of each pair is the same without the hardware, for tests.
+KERNELS: dict[str, Callable[..., Outputs]] = {
+    "pallas": interval_attention,
+    "pallas_interpret": functools.partial(interval_attention, interpret=True),
+    "splash": splash_attention,
+    "splash_interpret": functools.partial(splash_attention, interpret=True),
+}
+LIBRARIES: dict[str, Literal["cudnn", "xla"]] = {"cudnn": "cudnn", "cudnn_by_xla": "xla"}
 
 
 @struct.dataclass
@@ -124,7 +137,31 @@ def attend(
     weights = jax.nn.softmax(logits, axis=-1)
     if mask is not None:
         weights = jnp.where(mask[:, None, None], weights, 0.0)
-    return jnp.einsum("bgrqk,bkgd->bqgrd", weights.astype(v.dtype), v).reshape(q.shape)
+    return keep(jnp.einsum("bgrqk,bkgd->bqgrd", weights.astype(v.dtype), v).reshape(q.shape))
+
+
+def attend_alone(
+    q: Float[Array, "batch prompt heads dim"],
+    k: Float[Array, "batch prompt kv_heads dim"],
+    v: Float[Array, "batch prompt kv_heads dim"],
+    first: Int[Array, "batch prompt"],
+    implementation: Literal["cudnn", "xla"],
+) -> Float[Array, "batch prompt heads dim"]:
+    """Causal attention of prompts that have a row each, by `jax.nn.dot_product_attention`; zeros for padding.
+
+    `first` is that of `prompt_interval`. All that the library is told are lengths, so a row that is anything but one
+    prompt and padding behind it gives NaN: no prompt is read as part of another.
+    """
+    size = q.shape[1]
+    real = first < size
+    lengths = real.sum(axis=1, dtype=jnp.int32)
+    alone = (first == jnp.where(jnp.arange(size) < lengths[:, None], 0, size)).all(axis=1)
+    some = jnp.maximum(lengths, 1)
+    out = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, query_seq_lengths=some, key_value_seq_lengths=some, implementation=implementation
+    )
+    out = jnp.where(real[..., None, None], out, 0)
+    return keep(jnp.where(alone[:, None, None, None], out, jnp.nan))
 
 
 def attend_span(
@@ -134,9 +171,8 @@ def attend_span(
     span: Span,
 ) -> Float[Array, "batch tokens heads dim"]:
     """Attention of each token to an interval of them, by the kernel; zeros for padding."""
-    kernel = functools.partial(interval_attention, interpret=span.backend == "pallas_interpret")
     with jax.named_scope(BOTH_WAYS):
-        return split_kernel(kernel, k.shape[2])(q, k, v, span.first, span.last)[0]
+        return split_kernel(KERNELS[span.backend], k.shape[2])(q, k, v, span.first, span.last)[0]
 
 
 def attend_tree(
@@ -164,7 +200,7 @@ def attend_tree(
     out = jnp.einsum("bngrqk,bkgd->bnqgrd", on_prompt.astype(prompt_v.dtype), prompt_v)
     out = out + jnp.einsum("bngrqk,bnkgd->bnqgrd", on_branch.astype(branch_v.dtype), branch_v)
     total = jnp.moveaxis(total, -1, 2)[..., None]
-    return (out / jnp.where(total > 0, total, 1.0).astype(out.dtype)).reshape(q.shape)
+    return keep((out / jnp.where(total > 0, total, 1.0).astype(out.dtype)).reshape(q.shape))
 
 
 def attend_all(
@@ -175,10 +211,13 @@ def attend_all(
 ) -> Float[Array, "batch tokens heads dim"]:
     """Attention of all prompt tokens and, behind them, all branch tokens of a batch."""
     size = layout.size
-    if layout.backend != "xla":
+    if layout.backend in KERNELS:
         return _attend_intervals(q, k, v, layout, (layout.first, layout.last), layout.ancestors)
     mask = interval_mask(layout.first, layout.last, size)
-    out = attend(q[:, :size], k[:, :size], v[:, :size], mask[:, :size])
+    if layout.backend in LIBRARIES:
+        out = attend_alone(q[:, :size], k[:, :size], v[:, :size], layout.first[:, :size], LIBRARIES[layout.backend])
+    else:
+        out = attend(q[:, :size], k[:, :size], v[:, :size], mask[:, :size])
     if q.shape[1] == size:
         return out
     branch_q, branch_mask = (split_groups(x[:, size:], layout.groups) for x in (q, mask))
@@ -196,7 +235,7 @@ def attend_targets(
     """Attention of the tokens at `target_parent` alone; targets come group by group, as many in each."""
     first, last = (jnp.take_along_axis(edge, target_parent, axis=1) for edge in (layout.first, layout.last))
     ancestors = target_ancestors(layout, target_parent)
-    if layout.backend != "xla":
+    if layout.backend in KERNELS:
         return _attend_intervals(q, k, v, layout, (first, last), ancestors)
     grouped, mask = (split_groups(x, layout.groups) for x in (q, interval_mask(first, last, layout.size)))
     return attend_tree(grouped, *_split_keys(k, v, layout), mask, ancestors).reshape(q.shape)
@@ -207,8 +246,7 @@ def _attend_intervals(
 ) -> Array:
     """The prompt's keys by the kernel, a branch's own (few) densely, merged; queries without own keys come first."""
     size, groups = layout.size, layout.groups
-    kernel = functools.partial(interval_attention, interpret=layout.backend == "pallas_interpret")
-    out, lse = split_kernel(kernel, k.shape[2])(q, k[:, :size], v[:, :size], *interval)
+    out, lse = split_kernel(KERNELS[layout.backend], k.shape[2])(q, k[:, :size], v[:, :size], *interval)
     own = own_mask.shape[1] * own_mask.shape[2]
     if not own or not own_mask.shape[3]:
         return out

@@ -8,7 +8,10 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+KEPT = "kept"  # name of what the recomputation policy `save_names` keeps
 
 Stacked = TypeVar("Stacked", bound=nnx.Module)
 Carry = TypeVar("Carry")
@@ -139,6 +142,11 @@ class GatedMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... features"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def keep(x: Array) -> Array:
+    """The same, named as dear to compute and small to hold: see `KEPT`."""
+    return checkpoint_name(x, KEPT)
 
 
 def stack_layers(make: Callable[[nnx.Rngs], Stacked], count: int, rngs: nnx.Rngs) -> Stacked:

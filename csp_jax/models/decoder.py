@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from csp_jax.models.attention import Layout, attend_all, attend_targets, attend_tree, rotate
-from csp_jax.models.blocks import Embedding, GatedMlp, Linear, RMSNorm, scan_layers, stack_layers
+from csp_jax.models.blocks import Embedding, GatedMlp, Linear, RMSNorm, keep, scan_layers, stack_layers
 from csp_jax.models.checkpoint_map import SAME, Tensor, linear
 
 Tables = tuple[Array, ...]  # rotary cosines and sines; as a third, where the family has it, the queries' scale
@@ -84,14 +84,14 @@ class Attention(nnx.Module):
     def queries(self, x: Float[Array, "batch tokens width"], tables: Tables) -> Array:
         """Rotated queries [batch, tokens, heads, dim]."""
         q = rotate(self._heads(self.query(x)), tables)
-        return q * tables[2][..., None, :].astype(q.dtype) if len(tables) > 2 else q
+        return keep(q * tables[2][..., None, :].astype(q.dtype) if len(tables) > 2 else q)
 
     def keys_values(self, x: Float[Array, "batch tokens width"], tables: Tables) -> tuple[Array, Array]:
         """Rotated keys and values [batch, tokens, kv_heads, dim]."""
-        return rotate(self._heads(self.key(x)), tables), self._heads(self.value(x))
+        return keep(rotate(self._heads(self.key(x)), tables)), keep(self._heads(self.value(x)))
 
     def project(self, x: Float[Array, "batch tokens heads dim"]) -> Float[Array, "batch tokens width"]:
-        return self.out(x.reshape(*x.shape[:-2], -1))
+        return keep(self.out(x.reshape(*x.shape[:-2], -1)))
 
 
 class Layer(nnx.Module):

@@ -65,7 +65,7 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
     # While tokens are generated, the length that counts for each is that of the sequence when it was fed; True: for all
     # of them that of the prompt.
     length_of_prompt: ClassVar[bool] = False
-    attention: str = "xla"  # how: `xla`, or `pallas`, the GPU kernel (`pallas_interpret`: the same without a GPU)
+    attention: str = "xla"  # how: `xla`, or one of `models.attention`'s KERNELS and LIBRARIES
     repeated: tuple[str, ...] = ()  # keys of `duplicates` that the checkpoint had
 
     @staticmethod

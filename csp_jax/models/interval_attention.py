@@ -19,6 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from csp_jax.models.blocks import keep
+
 NOTHING = -1e30  # log-sum-exp of a query that sees nothing
 Outputs = tuple[Float[Array, "batch queries heads dim"], Float[Array, "batch queries heads"]]
 
@@ -149,70 +151,57 @@ def _weights(q: Array, k: Array, lse: Array, seen: Array, scale: float) -> Array
     return jnp.where(seen, jnp.exp(plgpu.dot(q, k.T) * scale - lse[:, None]), 0.0)
 
 
-def _queries_kernel(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    first_ref: Any,
-    last_ref: Any,
-    start_ref: Any,
-    stop_ref: Any,
-    lse_ref: Any,
-    delta_ref: Any,
-    d_out_ref: Any,
-    dq_ref: Any,
-    *,
-    plan: Plan,
-) -> None:
+@struct.dataclass
+class Given:
+    """What both backward kernels read: arrays, the blocks that they come in, or references to one."""
+
+    q: Any
+    k: Any
+    v: Any
+    first: Any
+    last: Any
+    start: Any
+    stop: Any
+    lse: Any
+    delta: Any
+    d_out: Any
+
+
+def _queries_kernel(given: Given, dq_ref: Any, *, plan: Plan) -> None:
     """The gradient of one block of queries of one head."""
-    q, d_out, lse, delta = q_ref[...], d_out_ref[...], lse_ref[...], delta_ref[...]
-    interval = (first_ref[...], last_ref[...])
+    q, d_out, lse, delta = given.q[...], given.d_out[...], given.lse[...], given.delta[...]
+    interval = (given.first[...], given.last[...])
 
     def add_block(number: Array, dq: Array) -> Array:
         at = pl.ds(number * plan.block_keys, plan.block_keys)
         seen = _visible(interval, number * plan.block_keys + jnp.arange(plan.block_keys))
-        k = k_ref[at, :]
+        k = given.k[at, :]
         weights = _weights(q, k, lse, seen, plan.scale)
-        d_logits = weights * (plgpu.dot(d_out, v_ref[at, :].T) - delta[:, None]) * plan.scale
+        d_logits = weights * (plgpu.dot(d_out, given.v[at, :].T) - delta[:, None]) * plan.scale
         return dq + plgpu.dot(d_logits.astype(k.dtype), k)
 
-    dq = jax.lax.fori_loop(start_ref[...], stop_ref[...], add_block, jnp.zeros(q.shape, jnp.float32))
+    dq = jax.lax.fori_loop(given.start[...], given.stop[...], add_block, jnp.zeros(q.shape, jnp.float32))
     dq_ref[...] = dq.astype(dq_ref.dtype)
 
 
-def _keys_kernel(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    first_ref: Any,
-    last_ref: Any,
-    start_ref: Any,
-    stop_ref: Any,
-    lse_ref: Any,
-    delta_ref: Any,
-    d_out_ref: Any,
-    dk_ref: Any,
-    dv_ref: Any,
-    *,
-    plan: Plan,
-) -> None:
+def _keys_kernel(given: Given, dk_ref: Any, dv_ref: Any, *, plan: Plan) -> None:
     """The gradients of one block of keys and values of one head, over all query heads that share it."""
-    k, v = k_ref[...], v_ref[...]
+    k, v = given.k[...], given.v[...]
     keys = pl.program_id(0) * plan.block_keys + jnp.arange(plan.block_keys)
 
     def add_block(number: Array, carry: tuple[Array, Array], head: int) -> tuple[Array, Array]:
         dk, dv = carry
         at = pl.ds(number * plan.block_queries, plan.block_queries)
-        seen = _visible((first_ref[at], last_ref[at]), keys)
-        q, d_out = q_ref[at, head, :], d_out_ref[at, head, :]
-        weights = _weights(q, k, lse_ref[at, head], seen, plan.scale)
+        seen = _visible((given.first[at], given.last[at]), keys)
+        q, d_out = given.q[at, head, :], given.d_out[at, head, :]
+        weights = _weights(q, k, given.lse[at, head], seen, plan.scale)
         dv = dv + plgpu.dot(weights.astype(d_out.dtype).T, d_out)
-        d_logits = weights * (plgpu.dot(d_out, v.T) - delta_ref[at, head][:, None]) * plan.scale
+        d_logits = weights * (plgpu.dot(d_out, v.T) - given.delta[at, head][:, None]) * plan.scale
         return dk + plgpu.dot(d_logits.astype(q.dtype).T, q), dv
 
     carry = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    for head in range(q_ref.shape[1]):
-        carry = jax.lax.fori_loop(start_ref[...], stop_ref[...], functools.partial(add_block, head=head), carry)
+    for head in range(given.q.shape[1]):
+        carry = jax.lax.fori_loop(given.start[...], given.stop[...], functools.partial(add_block, head=head), carry)
     dk_ref[...], dv_ref[...] = carry[0].astype(dk_ref.dtype), carry[1].astype(dv_ref.dtype)
 
 
@@ -256,7 +245,7 @@ def _attention(plan: Plan, q: Array, k: Array, v: Array, intervals: Intervals) -
 
 
 def _attention_forward(plan: Plan, q: Array, k: Array, v: Array, intervals: Intervals) -> tuple[Outputs, tuple]:
-    out, lse = _forward(plan, q, k, v, intervals)
+    out, lse = map(keep, _forward(plan, q, k, v, intervals))
     return (out, lse), (q, k, v, intervals, out, lse)
 
 
@@ -266,64 +255,53 @@ def _attention_backward(plan: Plan, saved: tuple, gradients: Outputs) -> tuple:
     d_out = d_out.astype(q.dtype)
     # d logits = weights (d weights - delta), and the log-sum-exp's gradient enters with the weights themselves.
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1) - d_lse
-    dq = _gradient_of_queries(plan, q, k, v, intervals, lse, delta, d_out)
-    dk, dv = _gradient_of_keys(plan, q, k, v, intervals, lse, delta, d_out)
-    return dq, dk, dv, None
+    bounds = (intervals.first, intervals.last)
+    by_query = Given(q, k, v, *bounds, intervals.key_start, intervals.key_stop, lse, delta, d_out)
+    split = (*q.shape[:2], k.shape[2], q.shape[2] // k.shape[2])  # heads by the keys that they share
+    q, d_out = (x.reshape(*split, x.shape[3]) for x in (q, d_out))
+    lse, delta = lse.reshape(split), delta.reshape(split)
+    by_key = Given(q, k, v, *bounds, intervals.query_start, intervals.query_stop, lse, delta, d_out)
+    return _gradient_of_queries(plan, by_query), *_gradient_of_keys(plan, by_key), None
 
 
-def _gradient_of_queries(
-    plan: Plan, q: Array, k: Array, v: Array, intervals: Intervals, lse: Array, delta: Array, d_out: Array
-) -> Array:
-    batch, queries, heads, width = q.shape
-    inputs, like_queries, number = _per_query(plan, heads // k.shape[2], k.shape[1], width)
+def _gradient_of_queries(plan: Plan, given: Given) -> Array:
+    batch, queries, heads, width = given.q.shape
+    inputs, like_queries, number = _per_query(plan, heads // given.k.shape[2], given.k.shape[1], width)
     return pl.pallas_call(
         functools.partial(_queries_kernel, plan=plan),
         grid=(queries // plan.block_queries, batch, heads),
-        in_specs=[*inputs, number, number, like_queries],
+        in_specs=[Given(*[*inputs, number, number, like_queries])],
         out_specs=like_queries,
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=jax.ShapeDtypeStruct(given.q.shape, given.q.dtype),
         compiler_params=_warps(width),
         interpret=plan.interpret,
         name="interval_attention_dq",
-    )(q, k, v, intervals.first, intervals.last, intervals.key_start, intervals.key_stop, lse, delta, d_out)
+    )(given)
 
 
-def _gradient_of_keys(
-    plan: Plan, q: Array, k: Array, v: Array, intervals: Intervals, lse: Array, delta: Array, d_out: Array
-) -> tuple[Array, Array]:
-    batch, queries, heads, width = q.shape
-    kv_heads = k.shape[2]
-    repeat = heads // kv_heads
+def _gradient_of_keys(plan: Plan, given: Given) -> tuple[Array, Array]:
+    batch, queries, kv_heads, repeat, width = given.q.shape
     like_keys = pl.BlockSpec((None, plan.block_keys, None, width), lambda j, b, h: (b, j, h, 0))
     all_queries = pl.BlockSpec((None, queries, None, repeat, width), lambda j, b, h: (b, 0, h, 0, 0))
     all_numbers = pl.BlockSpec((None, queries, None, repeat), lambda j, b, h: (b, 0, h, 0))
     interval = pl.BlockSpec((None, queries), lambda j, b, h: (b, 0))
     bound = pl.BlockSpec((None, None), lambda j, b, h: (b, j))
-    split = (batch, queries, kv_heads, repeat)
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (given.k, given.v)]
     return pl.pallas_call(
         functools.partial(_keys_kernel, plan=plan),
-        grid=(k.shape[1] // plan.block_keys, batch, kv_heads),
+        grid=(given.k.shape[1] // plan.block_keys, batch, kv_heads),
         in_specs=[
-            *(all_queries, like_keys, like_keys, interval, interval, bound, bound),
-            *(all_numbers, all_numbers, all_queries),
+            Given(
+                *(all_queries, like_keys, like_keys, interval, interval, bound, bound),
+                *(all_numbers, all_numbers, all_queries),
+            )
         ],
         out_specs=[like_keys, like_keys],
-        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        out_shape=like,
         compiler_params=_warps(width),
         interpret=plan.interpret,
         name="interval_attention_dkv",
-    )(
-        q.reshape(*split, width),
-        k,
-        v,
-        intervals.first,
-        intervals.last,
-        intervals.query_start,
-        intervals.query_stop,
-        lse.reshape(split),
-        delta.reshape(split),
-        d_out.reshape(*split, width),
-    )
+    )(given)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

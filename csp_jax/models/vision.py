@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from csp_jax.models.attention import Span, attend, attend_span, rotate
-from csp_jax.models.blocks import LayerNorm, Linear, Mlp, RMSNorm, scan_layers, stack_layers
+from csp_jax.models.blocks import LayerNorm, Linear, Mlp, RMSNorm, keep, scan_layers, stack_layers
 from csp_jax.models.checkpoint_map import CONV, SAME, Tensor, layer_tensors, linear, norm
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -67,8 +67,9 @@ class VisionAttention(nnx.Module):
         q, k, v = (part.reshape(split) for part in (q, k, v))
         if tables is not None:
             q, k = rotate(q, tables), rotate(k, tables)
+        q, k, v = (keep(part) for part in (q, k, v))
         seen = attend_span(q, k, v, mask) if isinstance(mask, Span) else attend(q, k, v, mask)
-        return self.out(seen.reshape(x.shape))
+        return keep(self.out(seen.reshape(x.shape)))
 
 
 class VisionLayer(nnx.Module):

@@ -18,6 +18,7 @@ from csp_jax.plan import page
 from csp_jax.plan.compilers import Compiler
 from csp_jax.plan.search import Candidate, Trial, recommend, search
 from csp_jax.plan.targets import Target, parse_target
+from csp_jax.train.configured import check_attention
 from csp_jax.world import BASE
 
 
@@ -89,6 +90,9 @@ def make_plans(
     too. `done` is told of every plan as it is made.
     """
     jobs = [(file, load_config(TrainConfig, file, list(overrides))) for file in files]
+    for target in map(parse_target, targets):
+        for file, config in jobs:
+            check_compiles(config, file, target)
     folders = {file: model_folder(config, file) for file, config in jobs}
     plans: list[Plan] = []
     known = best_of(before, files[0].resolve().parents[1]) if before else {}
@@ -113,6 +117,19 @@ def make_plans(
                     known[key] = best.candidate
                 done(plans[-1])
     return plans
+
+
+def check_compiles(config: TrainConfig, file: Path, target: Target) -> None:
+    """UserError where the attention is not for the target, or cannot be compiled away from it."""
+    check_attention(config, target.card.platform)
+    if config.model.attention == "cudnn":
+        raise UserError(
+            "cuDNN's attention is compiled on the card alone",
+            file=file,
+            field="model.attention",
+            value="cudnn",
+            mend="Plan with model.attention=pallas, whose memory is much the same",
+        )
 
 
 def best_of(rows: Sequence[dict[str, Any]], configs: Path) -> dict[Known, Candidate]:

@@ -11,7 +11,8 @@ from csp_jax.config import TrainConfig
 from csp_jax.errors import UserError
 from csp_jax.plan.targets import Target
 
-STRONGER = {"none": "weights", "dots": "weights", "weights": "full"}  # what keeps fewer activations
+# What keeps fewer activations.
+STRONGER = {"none": "weights", "dots": "weights", "weights": "save_names", "save_names": "full"}
 MOST_ROWS = 8  # a device: beyond that matrix products gain nothing
 WORTH = 1.02  # by how much more rows have to raise the estimated MFU
 

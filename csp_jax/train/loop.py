@@ -43,7 +43,7 @@ from csp_jax.sharding import (
 from csp_jax.text import Prompts
 from csp_jax.train import hosts
 from csp_jax.train.checkpoint import Checkpoints, export_adapter, export_model
-from csp_jax.train.configured import configured_step, make_optimizer
+from csp_jax.train.configured import check_attention, check_heads, configured_step, make_optimizer
 from csp_jax.train.flops import UpdateFlops
 from csp_jax.train.folder import note_versions, prepare_folder
 from csp_jax.train.profile import ProfileWindow
@@ -76,26 +76,15 @@ def batch_shape(config: TrainConfig, rows: int, cell: tuple[int, int]) -> Shape:
         length=sizes.length,
         targets=sizes.targets,
         responses=sizes.responses,
-        pictures=1,
+        pictures=sizes.samples,
         canvas=cell,
         cells=sizes.cells,
     )
 
 
-def check_attention(config: TrainConfig, mesh: Mesh) -> None:
-    """UserError where the kernel does not run."""
-    platform = mesh.devices.flat[0].platform
-    if config.model.attention == "pallas" and platform not in ("gpu", "cuda"):
-        raise UserError(
-            f"the kernel is for NVIDIA GPUs, this is a {platform}",
-            field="model.attention",
-            value=config.model.attention,
-            mend="Use xla",
-        )
-
-
 def wrap_model(model: VisionLanguageModel, config: TrainConfig) -> dict[str, Any]:
     """Put the configured attention and adapter on a model; the fields of the adapter that it goes on from."""
+    check_heads(config.model.attention, model)
     model.attention = config.model.attention
     lora = config.model.lora
     if lora is None:
@@ -132,8 +121,9 @@ class Run:
         self.out = Path(config.run.out)
         self.source_folder = checkpoint_folder(config.model.checkpoint)
         self.mesh = make_mesh(config.parallel)
-        check_attention(config, self.mesh)
+        check_attention(config, self.mesh.devices.flat[0].platform)
         self.rows = rows_over_hosts(config.batch.rows, self.mesh)
+        self.samples = config.data.recipe.shape.samples  # of a row
         self.source = ShardSource(config.data.shards, config.data.split)
         self.steps = self._steps()
         self.optimizer = make_optimizer(config.optimizer, self.steps)
@@ -145,7 +135,7 @@ class Run:
     def _steps(self) -> int:
         config = self.config
         records = len(self.source)
-        per_step = config.batch.rows * config.batch.accumulation
+        per_step = config.batch.rows * config.batch.accumulation * self.samples
         return config.run.steps or max(int(config.run.epochs * records) // per_step, 1)
 
     def _model(self) -> VisionLanguageModel:
@@ -162,10 +152,11 @@ class Run:
             config.data.recipe, str(self.source_folder), read_prompts(config.prompts), objective
         )
         if collate is None:
-            collate = Collate(batch_shape(config, self.rows, recipe.family.cell), config.batch.accumulation)
+            shape = batch_shape(config, self.rows, recipe.family.cell)
+            collate = Collate(shape, config.batch.accumulation, self.samples, whole=jax.process_count() > 1)
         return record_dataset(
             self.source,
-            batch_size=self.rows * config.batch.accumulation,
+            batch_size=self.rows * config.batch.accumulation * self.samples,
             seed=config.seed,
             host_index=jax.process_index(),
             host_count=jax.process_count(),

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from csp_jax.data.batch import Batch, Packer, Shape
+from csp_jax.data.packing import pack
 from csp_jax.data.recipes.base import Drawn
 
 
@@ -41,16 +42,29 @@ def stack_batches(batches: Sequence[Batch]) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Collate:
-    """Drawn samples -> a window; one sample a row."""
+    """Drawn samples -> a window, `samples` a row (`data.packing`): it depends on what was drawn alone.
+
+    `shape` is the largest that a packed window takes; `whole` takes it always, as several hosts must, who would choose
+    apart.
+    """
 
     shape: Shape
     accumulation: int
+    samples: int = 1
+    whole: bool = False
 
     def __call__(self, drawn: list[Drawn]) -> Window:
         counts: Counter[str] = Counter()
+        for item in drawn:
+            counts.update(item.counts)
+        if self.samples > 1:
+            found = [item.sample for item in drawn if item.sample is not None]
+            batches, places = pack(found, self.shape, self.accumulation, whole=self.whole)
+            if None in places:
+                counts["samples_left_over"] += places.count(None)
+            return Window(stack_batches(batches), counts)
         packers = [Packer(self.shape) for _ in range(self.accumulation)]
         for number, item in enumerate(drawn):
-            counts.update(item.counts)
             if item.sample is not None:
                 packers[number // self.shape.rows].add(item.sample, share_rows=False)
         return Window(stack_batches([packer.batch for packer in packers]), counts)

@@ -12,7 +12,9 @@ from flax import nnx
 from tiny import IMAGE_TOKEN, SIDE, SLOTS, change, difference, tiny_model
 
 from csp_jax.data.batch import PLAIN, Batch, Branch, Packer, Picture, Place, Sample, Shape, empty_batch, merge_branches
+from csp_jax.data.packing import pack
 from csp_jax.losses.logprobs import score
+from csp_jax.models.attention import LIBRARIES
 from csp_jax.models.interface import segment_positions
 from csp_jax.perturb import to_canvas
 
@@ -109,6 +111,7 @@ SCENES = {
     "trees": trees,
     "candidates": candidates_in_the_query,
     "packed": packed,
+    "together": packed,  # and trees of several samples in a group
     "bundles": bundles,
 }
 
@@ -138,9 +141,9 @@ def evaluate() -> Evaluate:
     return evaluation("xla")
 
 
-@pytest.fixture(scope="module")
-def evaluate_by_kernel() -> Evaluate:
-    return evaluation("pallas_interpret")
+@pytest.fixture(scope="module", params=["pallas_interpret", "splash_interpret", "cudnn_by_xla"])
+def evaluate_otherwise(request) -> tuple[str, Evaluate]:
+    return request.param, evaluation(request.param)
 
 
 def evaluation(attention: str) -> Evaluate:
@@ -172,6 +175,15 @@ def place_all(shape: Shape, samples: Sequence[Sample], *, share_rows: bool) -> t
     return packer.batch, [place for place in places if place is not None]
 
 
+def place_scene(scene: str, samples: Sequence[Sample]) -> tuple[Batch, list[Place]]:
+    """A scene's samples in one batch."""
+    if scene != "together":
+        return place_all(SHARED, samples, share_rows=scene == "packed")
+    shape = dataclasses.replace(SHARED, groups=2, length=2 * FED, targets=2 * SCORED)
+    (batch,), places = pack(samples, shape, 1, whole=True)
+    return batch, [place for place in places if place is not None]
+
+
 def response(batch: Batch, log_probs: np.ndarray, row: int, number: int) -> np.ndarray:
     """The log-probabilities of a response's targets, in order."""
     used = (batch.target_weight[row] != 0) & (batch.target_response[row] == number)
@@ -186,7 +198,7 @@ def count_responses(sample: Sample) -> int:
 @pytest.mark.parametrize("scene", SCENES)
 def test_branches_are_the_separate_sequences(evaluate, scene, seed):
     samples = SCENES[scene](Draw(seed))
-    batch, places = place_all(SHARED, samples, share_rows=scene == "packed")
+    batch, places = place_scene(scene, samples)
     single = alone(samples)
     log_probs, gradient = evaluate(batch)
     wanted, wanted_gradient = evaluate(single)
@@ -206,10 +218,17 @@ def test_branches_are_the_separate_sequences(evaluate, scene, seed):
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_the_kernel_attends_as_xla_does(evaluate, evaluate_by_kernel, scene):
-    batch, _ = place_all(SHARED, SCENES[scene](Draw(2)), share_rows=scene == "packed")
-    (found, gradient), (wanted, wanted_gradient) = evaluate_by_kernel(batch), evaluate(batch)
+def test_every_backend_attends_as_xla_does(evaluate, evaluate_otherwise, scene):
+    """A library that is told lengths alone reads no packed row: its log-probabilities are not numbers."""
+    batch, _ = place_scene(scene, SCENES[scene](Draw(2)))
+    backend, otherwise = evaluate_otherwise
+    (found, gradient), (wanted, wanted_gradient) = otherwise(batch), evaluate(batch)
     used = used_targets(batch)
+    if scene in ("packed", "together") and backend in LIBRARIES:
+        shared = batch.prompt_segment.max(axis=1) > 1
+        assert shared.any()
+        assert np.isnan(found[shared][used[shared]]).all()
+        return
     np.testing.assert_allclose(found[used], wanted[used], atol=1e-5, rtol=0)
     assert difference(gradient, wanted_gradient) < 1e-5
 
@@ -314,6 +333,37 @@ def test_a_neighbour_changes_nothing(evaluate, scene):
         np.testing.assert_array_equal(found[others], log_probs[others], err_msg=name)
         mine = used_targets(batch) & ~others
         assert not np.array_equal(found[mine], log_probs[mine]), name
+
+
+def test_a_neighbour_in_the_same_group_changes_nothing(evaluate):
+    """Samples whose trees share groups: another prompt and other branches of one leave the others bit for bit."""
+    samples = packed(Draw(4))
+    batch, places = place_scene("together", samples)
+    log_probs, _ = evaluate(batch)
+    length = batch.tokens.shape[1] // batch.groups
+    root = batch.parent.copy()
+    for _ in range(length):  # up to the prompt
+        above = np.take_along_axis(batch.parent, np.maximum(root - PROMPT, 0), axis=1)
+        root = np.where(root >= PROMPT, above, root)
+    fed = batch.tokens > 0
+    owner = np.where(fed, np.take_along_axis(batch.prompt_segment, root, axis=1), 0)
+    shared = [set(group[group > 0]) for row in owner for group in row.reshape(batch.groups, length)]
+    assert any(len(segments) > 1 for segments in shared)
+    slots = batch.prompt_tokens == IMAGE_TOKEN
+    for sample, place in zip(samples, places, strict=True):
+        row = np.arange(len(batch.prompt_tokens))[:, None] == place.row
+        at = batch.target_parent[place.row][batch.target_response[place.row] == place.response]
+        segment = owner[place.row, at[-1] - PROMPT] if at[-1] >= PROMPT else batch.prompt_segment[place.row, at[-1]]
+        others = kept_targets(batch, place.row, range(place.response, place.response + count_responses(sample)))
+        changed = {
+            "prompt_tokens": garbage(batch.prompt_tokens, row & (batch.prompt_segment == segment) & ~slots, 0, 4, 96),
+            "tokens": garbage(batch.tokens, row & (owner == segment), 1, 4, 96),
+        }
+        found, _ = evaluate(change(batch, **changed))
+        np.testing.assert_array_equal(found[others], log_probs[others])
+        mine = used_targets(batch) & ~others
+        assert mine.any()
+        assert not np.any(found[mine] == log_probs[mine])
 
 
 def test_a_branch_changes_only_what_follows_it(evaluate):

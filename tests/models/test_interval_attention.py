@@ -1,8 +1,9 @@
-"""The GPU kernel, interpreted, against torch: values, log-sum-exp, gradients, isolation, merging."""
+"""The GPU and the TPU kernel, interpreted, against torch: values, log-sum-exp, gradients, isolation, merging."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,27 @@ from jax.sharding import PartitionSpec as P
 
 from csp_jax.config import ParallelConfig
 from csp_jax.models.interval_attention import NOTHING, interval_attention, merge
+from csp_jax.models.splash import splash_attention
 from csp_jax.sharding import make_mesh, split_kernel
 
 pytestmark = pytest.mark.usefixtures("exact")
 
-kernel = functools.partial(interval_attention, block_queries=16, block_keys=16, interpret=True)
+KERNELS = {
+    "pallas": functools.partial(interval_attention, block_queries=16, block_keys=16, interpret=True),
+    "splash": functools.partial(splash_attention, interpret=True),
+}
 SHAPES = {
     "ragged": (2, 21, 37, 2, 2, 16),
     "grouped heads": (1, 32, 48, 6, 2, 24),
     "one key head": (1, 9, 20, 4, 1, 8),
     "few keys": (2, 40, 3, 2, 2, 32),
+    "several blocks": (1, 300, 600, 2, 1, 8),  # of the TPU kernel's
 }
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request) -> Callable:
+    return KERNELS[request.param]
 
 
 def inputs(shape: tuple[int, ...], seed: int = 0) -> dict[str, np.ndarray]:
@@ -63,7 +74,7 @@ def in_torch(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_values_and_gradients_are_torchs(name):
+def test_values_and_gradients_are_torchs(kernel, name):
     given = inputs(SHAPES[name])
 
     def loss(q, k, v):
@@ -78,7 +89,7 @@ def test_values_and_gradients_are_torchs(name):
         np.testing.assert_allclose(found, wanted[key], atol=2e-5, err_msg=key)
 
 
-def test_what_an_interval_leaves_out_changes_nothing():
+def test_what_an_interval_leaves_out_changes_nothing(kernel):
     given = inputs(SHAPES["ragged"])
     out, lse = kernel(*(given[name] for name in ("q", "k", "v", "first", "last")))
     seen = (given["first"][0, :, None] <= np.arange(37)) & (np.arange(37) <= given["last"][0, :, None])
@@ -92,14 +103,14 @@ def test_what_an_interval_leaves_out_changes_nothing():
         np.testing.assert_array_equal(moved[1], out[1])
 
 
-def test_a_query_that_sees_nothing_gives_zeros():
+def test_a_query_that_sees_nothing_gives_zeros(kernel):
     given = inputs(SHAPES["ragged"])
     out, lse = kernel(given["q"], given["k"], given["v"], given["first"], given["first"] - 1)
     assert not out.any()
     assert (lse == NOTHING).all()
 
 
-def test_merged_parts_are_one_attention():
+def test_merged_parts_are_one_attention(kernel):
     """Keys in two parts, intervals that lie in both, in one, in none; gradients through the log-sum-exp."""
     given = inputs((2, 24, 40, 4, 2, 16), seed=1)
     first, last, cut = given["first"], given["last"], 18
@@ -119,7 +130,7 @@ def test_merged_parts_are_one_attention():
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def test_half_precision_keeps_float32_sums():
+def test_half_precision_keeps_float32_sums(kernel):
     given = inputs(SHAPES["ragged"])
     half = {name: given[name].astype(jnp.bfloat16) for name in "qkv"}
     out, lse = kernel(half["q"], half["k"], half["v"], given["first"], given["last"])
@@ -133,7 +144,7 @@ def test_half_precision_keeps_float32_sums():
 
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(2, 2, 2), (1, 8, 1), (4, 1, 2)])
 @pytest.mark.parametrize("kv_heads", [2, 1])
-def test_devices_attend_for_their_rows_and_heads(data, fsdp, tensor, kv_heads):
+def test_devices_attend_for_their_rows_and_heads(kernel, data, fsdp, tensor, kv_heads):
     """Over a mesh as without one; nothing of the keys or of the queries is sent."""
     given = inputs((8, 16, 32, 4, kv_heads, 16))
     mesh = make_mesh(ParallelConfig(data=data, fsdp=fsdp, tensor=tensor))

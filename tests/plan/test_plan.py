@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -93,6 +95,39 @@ def test_a_small_step_for_gpus_that_are_not_here(tmp_path):
     assert row["collectives"]["all-gather"] > 0
     assert 0 < row["estimated_mfu"] < 1
     assert row["flops_executed"] == pytest.approx(row["flops_useful"], rel=0.2)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("target", "attention"), [("a100-80g:1x1", "pallas"), ("v5e:2x2", "splash")])
+def test_attention_kernels_compile_for_what_is_not_here(target, attention):
+    """Forward and both backward kernels, of the head sizes that models have; nothing grows with the prompt's square."""
+    packages = compilers(target)
+    path = [str(ROOT), *([str(packages)] if packages else [])]
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("kernel_child.py")), target, attention],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"64", "96", "128"}
+    for channels, program in found.items():
+        assert program["kernels"] == 3, channels
+        assert program["temporaries"] < program["logits"] / 4, channels
+
+
+def test_attention_that_cannot_be_planned_is_named(tmp_path):
+    file = tmp_path / "world.yaml"
+    file.write_text("model: {dtype: bfloat16}\nbatch: {rows: 8}\n")
+    for target, attention, said in (
+        ("v5e:2x2", "pallas", "for NVIDIA GPUs"),
+        ("a100-80g:1x2", "splash", "for TPUs"),
+        ("a100-80g:1x2", "cudnn", "on the card alone"),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
+            make_plans([file], [target], overrides=[f"model.attention={attention}"])
+        assert caught.value.field == "model.attention"
 
 
 @pytest.mark.parametrize("file", PAPERS, ids=lambda file: file.stem)

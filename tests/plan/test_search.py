@@ -15,7 +15,7 @@ from csp_jax.plan.search import Candidate, describe, recommend, search
 from csp_jax.plan.targets import parse_target
 
 GIB = 1 << 30
-KEPT = {"none": 20, "weights": 4, "full": 1}  # GiB of activations of a row
+KEPT = {"none": 20, "weights": 4, "save_names": 2, "full": 1}  # GiB of activations of a row
 
 
 class Machine:

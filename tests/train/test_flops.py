@@ -57,6 +57,10 @@ def test_what_causality_masks():
     config = tiny_model().decoder.config
     one_product = 2 * (12 * 11 / 2) * config.num_heads * config.head_dim
     assert masked_attention_flops(config, 3 * 4, 12) == pytest.approx(6 * one_product * 3 * 4 * (config.num_layers - 1))
+    # Two samples of 6 tokens: of a prompt's 12 keys they see 1 to 6; branches and targets see 6.
+    unseen = (config.num_layers - 1) * (12 * 12 - 2 * (1 + 2 + 3 + 4 + 5 + 6) + 32 * 6) + 28 * 6
+    found = masked_attention_flops(config, 3 * 4, 12, samples=2, fed=32, scored=28)
+    assert found == pytest.approx(6 * 2 * config.num_heads * config.head_dim * unseen * 3 * 4)
 
 
 def test_the_step_of_a_configuration(tmp_path):

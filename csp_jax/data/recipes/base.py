@@ -167,7 +167,11 @@ class Recipe(abc.ABC):
             for bundle in bundles
         ]
         shape = self.config.shape
-        groups, left = group_bundles(stripped, shape.groups, shape.length, shape.targets)
+        if shape.samples > 1:  # the row's groups are filled when it is known who shares it
+            fitting = [group_bundles([bundle], 1, shape.length, shape.targets) for bundle in stripped]
+            groups, left = [group for found, _ in fitting for group in found], sum(missed for _, missed in fitting)
+        else:
+            groups, left = group_bundles(stripped, shape.groups, shape.length, shape.targets)
         if left:
             counts["bundles_left_over"] += left
         return Drawn(check_slots(self.family, Sample(sequences[0][:shared], (picture,), tuple(groups))), counts)
