@@ -270,7 +270,7 @@ def _gradient_of_queries(plan: Plan, given: Given) -> Array:
     return pl.pallas_call(
         functools.partial(_queries_kernel, plan=plan),
         grid=(queries // plan.block_queries, batch, heads),
-        in_specs=[Given(*inputs, number, number, like_queries)],
+        in_specs=[Given(*[*inputs, number, number, like_queries])],
         out_specs=like_queries,
         out_shape=jax.ShapeDtypeStruct(given.q.shape, given.q.dtype),
         compiler_params=_warps(width),
