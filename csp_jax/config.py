@@ -241,8 +241,8 @@ class TrainConfig(Section):
         if questions and not policy:
             raise UserError("questions have no answers to train on", field=field, value=value, mend="Use loss grpo")
         if policy and self.data.recipe.shape.samples > 1:
-            field, shared = "data.recipe.shape.samples", self.data.recipe.shape.samples
-            raise UserError("grpo asks one question a row", field=field, value=shared, mend="Leave it 1")
+            field, samples = "data.recipe.shape.samples", self.data.recipe.shape.samples
+            raise UserError("grpo asks one question a row", field=field, value=samples, mend="Leave it 1")
         if policy and self.loss.grounding:
             mend = "Leave it 0"
             raise UserError("grpo names no slots", field="loss.grounding", value=self.loss.grounding, mend=mend)

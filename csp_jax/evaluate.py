@@ -122,6 +122,10 @@ class Scorer:
         """Log-probabilities of all targets and the model's own tokens there, on the device."""
         return _score(self._graphdef, self._state, put_batch(batch, self.mesh, leading=0), dtype=self.dtype)
 
+    def lower(self, batch: Batch) -> jax.stages.Lowered:
+        """The program of a pass, not yet compiled."""
+        return _score.lower(self._graphdef, self._state, put_batch(batch, self.mesh, leading=0), dtype=self.dtype)
+
 
 def evaluate(
     model: VisionLanguageModel,

@@ -101,8 +101,8 @@ class Rollouts(Iterator[Window]):
         self._used = self.rollout.updates
         self._window: Window | None = None
         how = self.rollout
-        sampling = Sampling(how.max_tokens, how.temperature, how.top_k, how.top_p, (self.end,))
-        self._sampler = make_sampler(run.graphdef, sampling, dtype=self.dtype)
+        self.sampling = Sampling(how.max_tokens, how.temperature, how.top_k, how.top_p, (self.end,))
+        self._sampler = make_sampler(run.graphdef, self.sampling, dtype=self.dtype)
         # The first step gives its buffers up: a policy that trains whole needs a copy of where it began.
         whole = run.config.loss.kl_beta > 0 and not has_adapter(run.state.trainable)
         self._start = jax.tree.map(jnp.copy, run.state.trainable) if whole else None

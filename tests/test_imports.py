@@ -24,7 +24,7 @@ ORDER = (
     ("rollout", "rewards", "calibration"),
     ("policy",),
     ("evaluate", "scenes", "report", "plan", "results", "parity", "sample"),
-    ("ask", "demo"),
+    ("ask", "bench", "demo"),
     ("cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

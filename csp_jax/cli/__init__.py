@@ -13,10 +13,10 @@ from csp_jax.errors import Interrupted, UserError
 
 # The order of the help:
 # isort: off
-from csp_jax.cli import runs, questions, checkpoints, results
+from csp_jax.cli import runs, bench, questions, checkpoints, results
 # isort: on
 
-__all__ = ["app", "checkpoints", "main", "questions", "results", "runs"]
+__all__ = ["app", "bench", "checkpoints", "main", "questions", "results", "runs"]
 
 INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: run the same command again
 

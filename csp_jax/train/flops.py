@@ -22,8 +22,11 @@ from csp_jax.train.configured import configured_step, make_optimizer
 from csp_jax.train.state import TrainState, split_model
 
 
-def product_flops(jaxpr: Any) -> float:
-    """Multiplications and additions of all matrix products and convolutions of a jaxpr, loops counted in full."""
+def product_flops(jaxpr: Any, loops: float = 1) -> float:
+    """Multiplications and additions of all matrix products and convolutions of a jaxpr, scans counted in full.
+
+    A `while` ends when its data says so: its body counts `loops` times.
+    """
     total = 0.0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
@@ -35,10 +38,10 @@ def product_flops(jaxpr: Any) -> float:
             numbers, kernel = equation.params["dimension_numbers"], equation.invars[1].aval.shape
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
         elif name == "cond":
-            total += max(product_flops(branch.jaxpr) for branch in equation.params["branches"])
+            total += max(product_flops(branch.jaxpr, loops) for branch in equation.params["branches"])
         else:
-            times = equation.params.get("length", 1) if name == "scan" else 1
-            total += times * sum(product_flops(inner) for inner in _inner(equation.params))
+            times = {"scan": equation.params.get("length", 1), "while": loops}.get(name, 1)
+            total += times * sum(product_flops(inner, loops) for inner in _inner(equation.params))
     return total
 
 
@@ -68,21 +71,24 @@ def masked_attention_flops(
     return 2 * 3 * 2.0 * pairs * text.num_heads * text.head_dim * rows
 
 
-def update_flops(config: TrainConfig, graphdef: nnx.GraphDef, state: TrainState, window: Batch, mesh: Mesh) -> float:
-    """Useful work of one update on all devices of a mesh; shapes do in place of arrays, those of all rows."""
+def traced_flops(config: TrainConfig, graphdef: nnx.GraphDef, state: TrainState, window: Batch, mesh: Mesh) -> float:
+    """Of one update without recomputation, pairs of tokens that attention masks included."""
     parts = {"model": {"remat": "none"}, "parallel": {"strategy": "mesh"}}
     plain = config.model_copy(update={name: getattr(config, name).model_copy(update=to) for name, to in parts.items()})
     model = nnx.merge(graphdef, state.trainable, state.frozen)
     model.attention = "xla"  # products within a kernel cannot be counted
     graphdef, _, _ = split_model(model, plain.model.freeze)
     step = configured_step(plain, graphdef, make_optimizer(plain.optimizer, 100), mesh)
-    whole = product_flops(jax.make_jaxpr(step)(state, window).jaxpr)
+    return product_flops(jax.make_jaxpr(step)(state, window).jaxpr)
+
+
+def update_flops(config: TrainConfig, graphdef: nnx.GraphDef, state: TrainState, window: Batch, mesh: Mesh) -> float:
+    """Useful work of one update on all devices of a mesh; shapes do in place of arrays, those of all rows."""
     micro_batches, rows, prompt = window.prompt_tokens.shape
     samples, fed, scored = config.data.recipe.shape.samples, window.tokens.shape[2], window.target_token.shape[2]
-    masked = masked_attention_flops(
-        model.decoder.config, micro_batches * rows, prompt, samples=samples, fed=fed, scored=scored
-    )
-    return whole - masked
+    text = nnx.merge(graphdef, state.trainable, state.frozen).decoder.config
+    masked = masked_attention_flops(text, micro_batches * rows, prompt, samples=samples, fed=fed, scored=scored)
+    return traced_flops(config, graphdef, state, window, mesh) - masked
 
 
 class UpdateFlops:
