@@ -83,7 +83,7 @@ def test_work_grows_by_the_same_with_every_response():
         return product_flops(program(samples, length))
 
     assert work(12, 16) - work(8, 16) == work(8, 16) - work(4, 16) > 0
-    once = [2 * work(4, length) - work(8, length) for length in (8, 16, 32)]
+    once = [2 * work(4, length) - work(8, length) for length in (16, 32, 48)]
     assert once[0] == once[1] == once[2] > 0
 
 
