@@ -292,8 +292,16 @@ def _gradient_of_keys(plan: Plan, given: Given) -> tuple[Array, Array]:
         grid=(given.k.shape[1] // plan.block_keys, batch, kv_heads),
         in_specs=[
             Given(
-                *(all_queries, like_keys, like_keys, interval, interval, bound, bound),
-                *(all_numbers, all_numbers, all_queries),
+                q=all_queries,
+                k=like_keys,
+                v=like_keys,
+                first=interval,
+                last=interval,
+                start=bound,
+                stop=bound,
+                lse=all_numbers,
+                delta=all_numbers,
+                d_out=all_queries,
             )
         ],
         out_specs=[like_keys, like_keys],
