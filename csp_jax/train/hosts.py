@@ -44,6 +44,7 @@ def join(heartbeat: int = 100) -> None:
         )
     elif any(os.environ.get(name, "1") not in ("", "1") for name in COUNTS) or _is_tpu_pod():
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
+    wait_for_all("joined")  # CPU collectives wait long for a process that they know, but half a minute for a first one
 
 
 def _number(name: str) -> int:
