@@ -31,6 +31,10 @@ def csp_on_hosts(count: int, *arguments: object) -> list[str]:
         )
         for number in range(count)
     ]
-    said = [process.communicate(timeout=600) for process in running]
+    try:
+        said = [process.communicate(timeout=1800) for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [0] * count, [errors[-2000:] for _, errors in said]
     return [printed for printed, _ in said]

@@ -77,7 +77,7 @@ def made_config(
 
 def _shape(task: str, folder: Path, record: Any, recipe: Mapping[str, Any]) -> dict[str, int]:
     """The sizes of what the recipe draws from a record."""
-    roomy = ShapeConfig(**dict.fromkeys(("prompt", "groups", "length", "targets", "responses"), 1 << 20))
+    roomy = ShapeConfig(prompt=1 << 20, groups=16, length=1 << 20, targets=1 << 20, responses=1 << 20)
     values = TrainConfig.model_validate({"loss": {"name": task}, "data": {"recipe": {**recipe, "shape": roomy}}})
     objective = "simpo" if task == "simpo" else "sft"
     draw = RECIPES[recipe["name"]](values.data.recipe, str(folder), Prompts(), objective)  # type: ignore[arg-type]

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from live_qwen2_vl import END, IMAGE, START, torch_qwen2_vl
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tiny import jitted_score, pack
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers import Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from csp_jax.data.batch import Branch, Sample, Shape
 from csp_jax.data.pictures import check_slots, show
@@ -23,39 +24,8 @@ from csp_jax.perturb import to_canvas
 
 pytestmark = [pytest.mark.usefixtures("exact"), pytest.mark.slow]
 
-IMAGE, START, END = 93, 94, 95
 MOST_PIXELS = 28 * 28 * 12
 SIZES = ((90, 70), (40, 130), (60, 60))  # width, height
-
-
-def torch_model(tied: bool) -> Qwen2VLForConditionalGeneration:
-    torch.manual_seed(4)
-    text = {
-        "vocab_size": 96,
-        "hidden_size": 48,
-        "intermediate_size": 56,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [3, 2, 3]},
-    }
-    vision = {"depth": 2, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 48}
-    config = Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=tied,
-        image_token_id=IMAGE,
-        video_token_id=92,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-    )
-    model = Qwen2VLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms start at 0 and 1: let them matter
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def pictures(seed: int) -> list[Image.Image]:
@@ -104,7 +74,7 @@ ROWS: list[tuple[list[int], slice]] = [
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 def test_transformers_and_we_read_each_other(tmp_path, tied):
-    theirs = torch_model(tied)
+    theirs = torch_qwen2_vl(tied=tied)
     theirs.save_pretrained(tmp_path / "theirs")
     folder = write_processor(tmp_path / "theirs")
     images = pictures(0)
@@ -128,7 +98,7 @@ def test_transformers_and_we_read_each_other(tmp_path, tied):
 
 def test_a_repeated_head_is_accepted_and_written_again(tmp_path):
     """Some tied checkpoints hold the embedding twice; another head beside a tied one is an error."""
-    theirs = torch_model(True)
+    theirs = torch_qwen2_vl(tied=True)
     theirs.save_pretrained(tmp_path / "theirs")
     folder = tmp_path / "theirs"
     arrays: dict[str, Any] = load_file(folder / "model.safetensors")

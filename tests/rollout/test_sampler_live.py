@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from live_qwen2_vl import END, IMAGE, START, shaken, torch_qwen2_vl
 from PIL import Image
 from tiny import IMAGE_TOKEN, SIDE, SLOTS, pack, tiny_values
 from transformers import LlavaConfig as TorchLlavaConfig
-from transformers import LlavaForConditionalGeneration, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
-from transformers import Qwen2VLConfig as TorchQwen2VLConfig
+from transformers import LlavaForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from csp_jax.data.batch import Batch, Picture, Sample, Shape
 from csp_jax.models.interface import VisionLanguageModel
@@ -25,15 +25,6 @@ from csp_jax.rollout import Samples, Sampling, generate
 pytestmark = [pytest.mark.usefixtures("exact"), pytest.mark.slow]
 
 TOKENS = 10
-START, IMAGE, END = 94, 93, 95
-
-
-def shaken(model: Any, scale: float = 0.1) -> Any:
-    """Biases and norms start at 0 and 1: let them matter."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
-    return model.eval()
 
 
 def theirs(model: Any, rows: list[list[int]], stop: tuple[int, ...], **pictures: Any) -> tuple[np.ndarray, ...]:
@@ -104,22 +95,7 @@ def test_llava(tmp_path: Path):
 
 def test_qwen2_vl(tmp_path: Path):
     """Pictures of several shapes: text goes on behind the largest side of the last one."""
-    torch.manual_seed(4)
-    text = {
-        "vocab_size": 96,
-        "hidden_size": 48,
-        "intermediate_size": 56,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 2, 3]},
-    }
-    vision = {"depth": 2, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 48}
-    marks = {"image_token_id": IMAGE, "video_token_id": 92, "vision_start_token_id": START, "vision_end_token_id": END}
-    config = TorchQwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **marks)
-    model = shaken(Qwen2VLForConditionalGeneration(config))
+    model = torch_qwen2_vl(theta=1e4)
     model.save_pretrained(tmp_path)
     generator = np.random.default_rng(0)
     images = [generator.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((84, 56), (28, 112), (56, 56))]

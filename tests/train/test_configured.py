@@ -1,15 +1,18 @@
-"""Where each kind of attention runs, and what is said where it does not."""
+"""What a configuration says: where each kind of attention runs, what is said where it does not; clipping."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
+import numpy as np
+import optax
 import pytest
 from tiny import tiny_model
 
 from csp_jax.config import TrainConfig, load_config
 from csp_jax.errors import UserError
-from csp_jax.train.configured import check_attention, check_heads
+from csp_jax.train.configured import check_attention, check_heads, clip_by_norm
 
 
 def config(attention: str, **settings: Any) -> TrainConfig:
@@ -56,3 +59,22 @@ def test_cudnn_takes_heads_of_some_sizes(channels, fits):
     with pytest.raises(UserError, match=f"not of {channels}") as caught:
         check_heads("cudnn", model)
     assert caught.value.field == "model.attention"
+
+
+@pytest.mark.parametrize("size", [0.0, 0.01, 0.5, 40.0])
+def test_clipping_is_that_of_optax(size):
+    """Below the limit nothing changes; above it the norm is the limit; what is not finite stays so."""
+    generator = np.random.default_rng(0)
+    gradients = {"a": size * generator.standard_normal((3, 4)), "b": [size * generator.standard_normal(5)]}
+    gradients = jax.tree.map(lambda x: x.astype(np.float32), gradients)
+    ours, theirs = clip_by_norm(1.0), optax.clip_by_global_norm(1.0)
+    assert jax.tree.structure(ours.init(gradients)) == jax.tree.structure(theirs.init(gradients))
+    (found, _), (wanted, _) = (clip.update(gradients, clip.init(gradients)) for clip in (ours, theirs))
+    for a, b, before in zip(*map(jax.tree.leaves, (found, wanted, gradients))):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+        assert a.dtype == before.dtype
+        if size <= 0.01:
+            np.testing.assert_array_equal(a, before)
+    broken = {"a": gradients["a"].copy(), "b": gradients["b"]}
+    broken["a"][0, 0] = np.nan
+    assert not np.isfinite(optax.global_norm(ours.update(broken, ours.init(broken))[0]))
