@@ -99,9 +99,12 @@ def kept(jaxpr: Any) -> int:
     return total
 
 
-@pytest.mark.parametrize("attention", ["xla", "pallas_interpret", "splash_interpret"])
+@pytest.mark.parametrize("attention", ["xla", "splash_interpret"])
 def test_what_is_kept_and_what_is_computed_again(attention):
-    """Each policy keeps less than the one before it; a kernel runs twice unless its results are kept."""
+    """Each policy keeps less than the one before it; a kernel runs twice unless its results are kept.
+
+    Of kernels this is read where JAX itself leaves out what nobody reads, as it does of those within a loop.
+    """
     policies = ("none", "weights", "save_names", "full")
     programs = {name: program(2, 16, prompt=96, attention=attention, remat=name) for name in policies}
     sizes = [kept(programs[name]) for name in policies]
