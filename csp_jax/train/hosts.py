@@ -44,7 +44,22 @@ def join(heartbeat: int = 100) -> None:
         )
     elif any(os.environ.get(name, "1") not in ("", "1") for name in COUNTS) or _is_tpu_pod():
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
-    wait_for_all("joined")  # CPU collectives wait long for a process that they know, but half a minute for a first one
+    with _nothing_printed():
+        # CPU collectives wait long for a process that they know, but half a minute for a first one.
+        wait_for_all("joined")
+
+
+@contextlib.contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """What libraries print goes to stderr: Gloo announces its connections where a command's rows belong."""
+    sys.stdout.flush()
+    printed = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(printed, 1)
+        os.close(printed)
 
 
 def _number(name: str) -> int:
