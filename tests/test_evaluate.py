@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from loopback import csp_on_hosts
+from loopback import csp_on_hosts, free_port
 from tiny import tiny_model, tiny_values, write_folder
 from transformers import LlavaForConditionalGeneration
 
@@ -150,10 +149,7 @@ def test_devices_and_rows_change_nothing(ground):
 
 @pytest.mark.parametrize(("limit", "hosts"), [(0, 2), (1, 2)])  # one record, two hosts: one of them has nothing to ask
 def test_hosts_ask_their_parts_and_all_know_all_answers(ground, tmp_path, limit, hosts):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    child = [sys.executable, str(Path(__file__).parent / "evaluate_child.py"), str(port), str(hosts)]
+    child = [sys.executable, str(Path(__file__).parent / "evaluate_child.py"), str(free_port()), str(hosts)]
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
     files = [tmp_path / f"{host}.npz" for host in range(hosts)]
     running = [

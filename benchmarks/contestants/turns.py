@@ -1,7 +1,7 @@
 """How a contestant takes its turns: it waits for `go` on its standard input and answers with a line of JSON.
 
 So all contestants are loaded and warm at once, none computes while it is not its turn, and what disturbs the machine
-disturbs all of them. Nothing but the standard library: this runs in every contestant's environment.
+disturbs all of them. Nothing but the standard library at import: this runs in every contestant's environment.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -58,6 +59,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rank", type=int, default=0)
     return parser.parse_args()
+
+
+def open_hub(given: argparse.Namespace) -> tuple[Path, Any, Any, list[dict[str, Any]]]:
+    """The prepared folder, its processor and model in transformers, and its questions, on so many threads."""
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    torch.set_num_threads(given.threads)
+    folder = Path(given.folder)
+    processor = AutoProcessor.from_pretrained(folder / "hub")
+    model = LlavaForConditionalGeneration.from_pretrained(folder / "hub", dtype=torch.float32)
+    return folder, processor, model, json.loads((folder / "rows.json").read_text())
 
 
 def asked(processor: Any, questions: Iterable[str]) -> list[str]:

@@ -4,10 +4,8 @@ tower once a picture, a pair as one row [prompt, chosen, rejected] with a block 
 from __future__ import annotations
 
 import itertools
-import json
-from pathlib import Path
 
-from turns import Turns, arguments, asked
+from turns import Turns, arguments, asked, open_hub
 
 
 def main() -> None:
@@ -17,15 +15,12 @@ def main() -> None:
     import torch
     import torch.nn.functional as functional
     from PIL import Image
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    torch.set_num_threads(given.threads)
-    folder = Path(given.folder)
-    processor = AutoProcessor.from_pretrained(folder / "hub")
-    model = LlavaForConditionalGeneration.from_pretrained(folder / "hub", dtype=torch.float32).train()
+    folder, processor, model, questions = open_hub(given)
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     image_token = model.config.image_token_id
-    stream = itertools.cycle(json.loads((folder / "rows.json").read_text()))
+    stream = itertools.cycle(questions)
     names = ("chosen", "rejected") if given.task == "simpo" else ("chosen",)
 
     def read(count: int) -> tuple[list[list[int]], torch.Tensor, list[list[list[int]]]]:

@@ -3,10 +3,7 @@ evaluation asks about each picture."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-from turns import Turns, arguments, asked
+from turns import Turns, arguments, asked, open_hub
 
 
 def main() -> None:
@@ -14,14 +11,11 @@ def main() -> None:
     turns = Turns()
     import torch
     from PIL import Image
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    torch.set_num_threads(given.threads)
-    folder = Path(given.folder)
-    processor = AutoProcessor.from_pretrained(folder / "hub")
+    folder, processor, model, questions = open_hub(given)
     processor.tokenizer.padding_side = "left"
-    model = LlavaForConditionalGeneration.from_pretrained(folder / "hub", dtype=torch.float32).eval()
-    rows = json.loads((folder / "rows.json").read_text())[: given.rows]
+    model.eval()
+    rows = questions[: given.rows]
     if given.task == "eval":
         rows = [{**row, "query": text} for row in rows for text in row["protocol"]]
     while True:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
-from pathlib import Path
 from typing import Any
 
-from turns import Turns, arguments, asked, trainer_turns
+from turns import Turns, arguments, asked, open_hub, trainer_turns
 
 PROJECTIONS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -15,14 +13,7 @@ PROJECTIONS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_pr
 def main() -> None:
     given = arguments()
     turns = Turns()
-    import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-    torch.set_num_threads(given.threads)
-    folder = Path(given.folder)
-    processor = AutoProcessor.from_pretrained(folder / "hub")
-    model = LlavaForConditionalGeneration.from_pretrained(folder / "hub", dtype=torch.float32)
-    rows = json.loads((folder / "rows.json").read_text())
+    folder, processor, model, rows = open_hub(given)
     for row in rows:
         row["image"] = str(folder / row["image"])
     settings = {

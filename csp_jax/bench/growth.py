@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from csp_jax.bench.clock import in_turns, program_bytes
-from csp_jax.bench.made import open_or_make, write_shards
+from csp_jax.bench.made import made_ground
 from csp_jax.bench.run import Settings, made_config
 from csp_jax.config import TrainConfig
 from csp_jax.data.batch import Batch, Branch, Packer, with_policy
@@ -40,9 +40,7 @@ def growth_rows(
     The first two run, each size once a turn; `fitted_seconds` is the line through all of them over the tokens behind
     the prompt. The third is compiled only, with word embeddings and head frozen.
     """
-    checkpoint, pixels = open_or_make(model, folder)
-    lengths = dataclasses.replace(settings.lengths, pixels=pixels)
-    shards = write_shards(folder / f"{checkpoint.name}-{lengths.prompt}-records", open_family(checkpoint), lengths)
+    checkpoint, shards = made_ground(model, settings.lengths, folder)
     config = made_config("grpo", checkpoint, shards, settings, overrides)
     sizes = {("responses", count, settings.tokens) for count in RESPONSES}
     sizes |= {("tokens", settings.samples, length) for length in TOKENS}

@@ -177,3 +177,10 @@ def open_or_make(name: str, folder: Path) -> tuple[Path, int]:
         raise UserError("no such model", field="--model", value=name, mend=mend)
     cell = max(open_family(name, words=False).cell)
     return Path(name), cell if cell >= 112 else Lengths.pixels
+
+
+def made_ground(name: str, lengths: Lengths, folder: Path) -> tuple[Path, Path]:
+    """The folder of a model (see `open_or_make`), and that of records with pictures of its size."""
+    checkpoint, pixels = open_or_make(name, folder)
+    shards = folder / f"{checkpoint.name}-{lengths.prompt}-records"
+    return checkpoint, write_shards(shards, open_family(checkpoint), dataclasses.replace(lengths, pixels=pixels))

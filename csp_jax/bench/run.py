@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from csp_jax.bench.clock import Neighbours, Products, Seconds, Timed, in_turns, paired_ratio, peak_memory
-from csp_jax.bench.made import Lengths, open_or_make, write_shards
+from csp_jax.bench.made import Lengths, made_ground, write_shards
 from csp_jax.bench.tasks import Evaluation, Scores, Task, Updates, packed, prefill_and_distribution
 from csp_jax.bench.work import Work, micro_batches
 from csp_jax.config import ShapeConfig, TrainConfig, load_config
@@ -165,9 +165,7 @@ def made_tasks(
     model: str, names: Sequence[str], settings: Settings, folder: Path, overrides: Sequence[str] = ()
 ) -> list[Task]:
     """The tasks of a model by name or folder on made records. What scores goes with the first training."""
-    checkpoint, pixels = open_or_make(model, folder)
-    lengths = dataclasses.replace(settings.lengths, pixels=pixels)
-    shards = write_shards(folder / f"{checkpoint.name}-{lengths.prompt}-records", open_family(checkpoint), lengths)
+    checkpoint, shards = made_ground(model, settings.lengths, folder)
     tasks: list[Task] = []
     trained = [name for name in TRAINED if name in names]
     scored = [name for name in SCORED if name in names]

@@ -27,6 +27,7 @@ from csp_jax.perturb import to_canvas
 from csp_jax.rollout import Sampling, sample_batch
 from csp_jax.train.flops import product_flops, traced_flops
 from csp_jax.train.loop import Run
+from csp_jax.train.step import batch_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +73,7 @@ def seen_tokens(batch: Batch) -> Int[np.ndarray, "rows tokens"]:
 def window_work(window: Batch) -> Work:
     """Everything but the FLOPs of a batch or a window of micro-batches (arrays of the host)."""
     batch = flat(window)
-    seen = seen_tokens(batch)
-    rows, size = batch.prompt_segment.shape
+    seen, sizes = seen_tokens(batch), batch_sizes(batch)
     scored = batch.target_weight > 0
     there = np.zeros(batch.role.shape, bool)
     there[np.nonzero(scored)[0], batch.target_response[scored]] = True
@@ -81,11 +81,9 @@ def window_work(window: Batch) -> Work:
     ends = scored & ~np.isin(_edges(batch.target_parent, batch.target_token), fed)  # nothing follows: a sequence's last
     lengths = np.take_along_axis(seen, batch.target_parent, axis=1) + 1
     return Work(
-        images=int((batch.grid[..., 0] > 0).sum()),
         samples=int(((batch.role != UNUSED) & there).sum()),
-        tokens=int((seen > 0).sum()),
         sequence_tokens=int(lengths[ends].sum()),
-        slots=rows * (size + batch.tokens.shape[1]),
+        **{name: int(sizes[name]) for name in ("images", "tokens", "slots")},
     )
 
 

@@ -244,8 +244,8 @@ def train_in(config: TrainConfig, final: Path, watch: Watch, title: str, batches
     hosts.wait_for_all("exported")
 
 
-def open_telemetry(run: Run, start: int, title: str) -> Telemetry:
-    """Where this process writes its metrics."""
+def open_telemetry(run: Run, start: int, title: str, peak: float | None) -> Telemetry:
+    """Where this process writes its metrics; `peak`: FLOP/s of all devices, where known."""
     config, first = run.config.run, hosts.is_first()
     values = run.config.model_dump(mode="json")
     return Telemetry(
@@ -255,7 +255,7 @@ def open_telemetry(run: Run, start: int, title: str) -> Telemetry:
         title=title,
         progress=config.progress and first,
         log_every=config.log_every,
-        rates=Rates(mesh_peak(config, run.mesh)),
+        rates=Rates(peak),
         board=Board(config.wandb, run.out, values) if config.wandb and first else None,
     )
 
@@ -266,9 +266,10 @@ def run_steps(
     """Steps `start`..`steps`; the metrics of a step are fetched while the next one runs."""
     config = run.config.run
     step_function = run.step_function()
-    telemetry, profile = open_telemetry(run, start, title), ProfileWindow(config.profile, hosts.own_folder(run.out))
-    known = mesh_peak(config, run.mesh) is not None
-    flops = UpdateFlops(run.config, run.graphdef, run.state, run.mesh) if known else None
+    peak = mesh_peak(config, run.mesh)
+    telemetry = open_telemetry(run, start, title, peak)
+    profile = ProfileWindow(config.profile, hosts.own_folder(run.out))
+    flops = UpdateFlops(run.config, run.graphdef, run.state, run.mesh) if peak is not None else None
     late: tuple[int, dict[str, jax.Array], Window] | None = None
     number, stopping = start, False
     losses: list[float] = []  # since the last checkpoint

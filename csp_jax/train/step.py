@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,11 @@ def batch_sizes(window: Batch) -> Metrics:
     }
 
 
+def term_counts(loss: Loss, grounding: bool, batch: Batch) -> Terms:
+    """What the sums of a micro-batch are divided by."""
+    return {**loss.counts(batch), **(grounding_counts(batch) if grounding else {})}
+
+
 def make_step(
     graphdef: nnx.GraphDef,
     loss: Loss,
@@ -86,9 +92,6 @@ def make_step(
     """
 
     coefficients = {**loss.coefficients, **({"grounding": grounding, "slot_accuracy": 0.0} if grounding else {})}
-
-    def count(batch: Batch) -> Terms:
-        return {**loss.counts(batch), **(grounding_counts(batch) if grounding else {})}
 
     def whole(parts: Any) -> Any:
         return parts if axis is None else jax.lax.psum(parts, axis)
@@ -113,7 +116,7 @@ def make_step(
         dropout = dropout_key(seed, state.step)
         if axis is not None:
             dropout = jax.random.fold_in(dropout, jax.lax.axis_index(axis))
-        counts = whole(jax.tree.map(jnp.sum, jax.vmap(count)(window)))
+        counts = whole(jax.tree.map(jnp.sum, jax.vmap(functools.partial(term_counts, loss, bool(grounding)))(window)))
         counts = jax.tree.map(lambda x: jnp.maximum(x, 1e-9), counts)
 
         def accumulate(carry: tuple[nnx.State, Array, Terms], numbered: tuple[Array, Batch]) -> tuple[tuple, None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from loopback import free_port
 from safetensors.numpy import load_file
 from test_loop import make_ground, rows, values
 
@@ -22,12 +22,6 @@ from csp_jax.train.hosts import LOST
 STEPS = 5
 INTERRUPTED = 9  # what train_child.py leaves with
 HEARTBEAT = 10
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 class Pod:
