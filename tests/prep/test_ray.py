@@ -125,6 +125,32 @@ def test_a_cluster_of_two_nodes_that_others_started(tmp_path, monkeypatch):
         cluster.shutdown()
 
 
+@pytest.mark.slow
+def test_a_lost_host_loses_and_doubles_nothing(tmp_path):
+    """One of two hosts dies with what it has done and not handed over; another takes its place."""
+    from ray.cluster_utils import Cluster
+
+    source_of(tmp_path / "source", 40)
+    plain = run(tmp_path, "plain", {"progress": False, "threads": 1})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        lost = []
+
+        def lose(rows: int, totals: Counter[str]) -> None:
+            if rows >= 10 and not lost:
+                lost.append(second)
+                cluster.add_node(num_cpus=1)
+                cluster.remove_node(second, allow_graceful=False)
+
+        done = run(tmp_path, "out", {**WORKERS, "cpus": 1.0, "address": cluster.address}, lose)
+        assert lost
+        assert done.totals == plain.totals
+        assert tree(tmp_path / "out") == tree(tmp_path / "plain")
+    finally:
+        cluster.shutdown()
+
+
 def test_what_a_worker_cannot_do_is_one_clear_line(tmp_path):
     source_of(tmp_path / "source", 2)
     model = {"name": "sam", "checkpoint": str(tmp_path / "gone.pth")}
