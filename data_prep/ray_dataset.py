@@ -14,6 +14,7 @@ import os
 import pickle
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,11 +64,17 @@ def parcel_of(table: pyarrow.Table) -> Parcel:
 
 
 class Gate:
-    """Lets the reader go only so far ahead of what is packed, however small the batches are."""
+    """Lets the reader go only so far ahead of what is packed, however small the batches are, and counts beginnings."""
 
     def __init__(self, ahead: int):
         self._limit, self._ahead = ahead, ahead
         self._moved = asyncio.Condition()
+        self._begun: Counter[int] = Counter()  # how often, of each batch that is not packed
+
+    async def begin(self, number: int) -> int:
+        """How often work at this batch began, this time included."""
+        self._begun[number] += 1
+        return self._begun[number]
 
     async def limit(self, number: int) -> int:
         """The first batch that must not be read yet; waits until that is beyond `number`."""
@@ -79,6 +86,7 @@ class Gate:
         """So many batches are packed."""
         async with self._moved:
             self._limit = count + self._ahead
+            self._begun.pop(count - 1, None)
             self._moved.notify_all()
 
 
@@ -131,10 +139,11 @@ class Batches(ray.data.Datasource):
 class Worker:
     """All stages in a process of ray's, for one batch after another."""
 
-    def __init__(self, here: str, values: dict[str, Any], weights: dict[str, Any]):
+    def __init__(self, gate: Any, here: str, values: dict[str, Any], weights: dict[str, Any]):
         from data_prep.run import open_stages
 
         go_to(here)
+        self._gate, self._tries = gate, 1 + values["run"]["retries"]
         self._stages: list[Stage] = []
         self._failed: Exception | None = None
         try:
@@ -157,6 +166,7 @@ class Worker:
         try:
             if self._failed:
                 raise self._failed
+            self._begin(parcel.number)
             for stage in self._stages:
                 start = time.perf_counter()
                 stage(parcel.batch)
@@ -166,6 +176,16 @@ class Worker:
             return parcel.table()
         except Exception as error:
             return Parcel(parcel.number, error=error, process=parcel.process).table()
+
+    def _begin(self, number: int) -> None:
+        """UserError when too many workers were lost at this batch; what it takes to reach one does not count."""
+        if ray.get(self._gate.begin.remote(number)) > self._tries:
+            raise UserError(
+                f"a worker was lost {self._tries} times at the same batch",
+                field="run.retries",
+                value=self._tries - 1,
+                mend="Look at its memory (batch, segment.model.prompts) and run the same command again",
+            )
 
 
 def _lighten(unit: Unit) -> None:
@@ -206,9 +226,9 @@ def dataset_of(reader: Reader, run: RunConfig, values: dict[str, Any], weights: 
             batch_size=1,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=run.workers, max_tasks_in_flight_per_actor=run.queue),
-            fn_constructor_args=(os.getcwd(), values, weights),
+            fn_constructor_args=(reader.gate, os.getcwd(), values, weights),
             num_cpus=run.cpus,
             num_gpus=run.gpus,
             max_restarts=-1,
-            max_task_retries=run.retries,
+            max_task_retries=-1,  # while a lost host is not known to be lost, every call to it is a try
         )

@@ -136,15 +136,8 @@ class RayEngine:
     def _lost(self, error: Exception) -> UserError:
         """What ray itself could not mend, in one line."""
         (said, *_) = str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__]
-        exceptions, again = self._ray.exceptions, "run the same command again"
-        if isinstance(error, exceptions.RayActorError | exceptions.WorkerCrashedError):
-            return UserError(
-                f"a worker was lost {self.config.run.retries + 1} times at the same batch ({said})",
-                field="run.retries",
-                value=self.config.run.retries,
-                mend=f"Look at its memory (batch, segment.model.prompts) and {again}",
-            )
-        return UserError(f"ray could not go on ({said})", field="run.engine", value="ray", mend=f"See to it, {again}")
+        mend = "See to it and run the same command again"
+        return UserError(f"ray could not go on ({said})", field="run.engine", value="ray", mend=mend)
 
     def close(self) -> None:
         """End the cluster if it was started here, or leave the one that was reached."""

@@ -125,23 +125,32 @@ def test_a_cluster_of_two_nodes_that_others_started(tmp_path, monkeypatch):
         cluster.shutdown()
 
 
+def parent_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 @pytest.mark.slow
-def test_a_lost_host_loses_and_doubles_nothing(tmp_path):
-    """One of two hosts dies with what it has done and not handed over; another takes its place."""
+def test_a_lost_host_loses_and_doubles_nothing(tmp_path, monkeypatch):
+    """A host dies with what its worker has done and not handed over; another one, idle until then, takes its place."""
     from ray.cluster_utils import Cluster
 
     source_of(tmp_path / "source", 40)
     plain = run(tmp_path, "plain", {"progress": False, "threads": 1})
+    engines = []
+    opened = data_prep.run.open_engine
+    monkeypatch.setattr(data_prep.run, "open_engine", lambda config: engines.append(opened(config)) or engines[-1])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
-        second = cluster.add_node(num_cpus=1)
+        others = [cluster.add_node(num_cpus=1) for _ in range(2)]
         lost = []
 
         def lose(rows: int, totals: Counter[str]) -> None:
-            if rows >= 10 and not lost:
-                lost.append(second)
-                cluster.add_node(num_cpus=1)
-                cluster.remove_node(second, allow_graceful=False)
+            if rows < 10 or lost:
+                return
+            working = {parent_of(process) for process in engines[0].processes}
+            lost.extend(node for node in others if node.all_processes["raylet"][0].process.pid in working)
+            if lost:
+                cluster.remove_node(lost[0], allow_graceful=False)
 
         done = run(tmp_path, "out", {**WORKERS, "cpus": 1.0, "address": cluster.address}, lose)
         assert lost

@@ -132,13 +132,7 @@ def test_no_batches_and_an_engine_that_is_used_again(engine):
     assert places(engine.run([], Clocks())) == []
 
 
-def test_a_worker_with_other_weights_says_so(tmp_path, monkeypatch):
-    from data_prep.ray_dataset import Parcel, Worker, parcel_of
-
-    monkeypatch.chdir(tmp_path)
-    values = config_of("folder", tmp_path, tmp_path / "out").model_dump(mode="json")
-    batch = Parcel(0, [Unit(0, "unit", "picture", None, 1)])
-    assert parcel_of(Worker(str(tmp_path), values, {})(batch.table())).error is None
-    error = parcel_of(Worker(str(tmp_path), values, {"segment": "others"})(batch.table())).error
-    assert isinstance(error, UserError)
-    assert "the weights on" in str(error)
+def test_a_worker_with_other_weights_says_so(engine, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine, "weights", {"segment": "others"})
+    with pytest.raises(UserError, match="the weights on"):
+        places(engine.run(Counted(tmp_path / "marks", 3), Clocks()))
