@@ -144,10 +144,11 @@ class Speaker:
     def __init__(
         self, model: VisionLanguageModel, family: HostFamily, mesh: Mesh, most: int, dtype: jnp.dtype = jnp.float32
     ):
-        self.mesh, self._tokenizer, self._end = mesh, family.tokenizer, end_token(family)
+        self.mesh, self.dtype = mesh, jnp.dtype(dtype)
+        self._tokenizer, self._end = family.tokenizer, end_token(family)
+        self.sampling = Sampling(most, temperature=0.0, stop=(self._end,))
         graphdef, state = nnx.split(model)
-        sampling = Sampling(most, temperature=0.0, stop=(self._end,))
-        self._continue = functools.partial(continue_batch, graphdef, sampling, jnp.dtype(dtype))
+        self._continue = functools.partial(continue_batch, graphdef, self.sampling, self.dtype)
         self._state = jax.device_put(state, NamedSharding(mesh, P()))
 
     def __call__(self, batch: Batch) -> tuple[jax.Array, ...]:

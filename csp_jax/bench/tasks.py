@@ -8,16 +8,24 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 
 from csp_jax.bench.clock import program_bytes
-from csp_jax.bench.work import Work, forward_flops, micro_batches, sampler_flops, step_flops, window_work, windows_work
+from csp_jax.bench.work import (
+    Work,
+    forward_flops,
+    micro_batches,
+    sampler_flops,
+    step_flops,
+    texts_flops,
+    window_work,
+    windows_work,
+)
 from csp_jax.calibration.protocols import EdgeTree, confidence_choice
 from csp_jax.data.batch import Batch, Packer, Sample, Tree
 from csp_jax.data.pictures import show
 from csp_jax.data.recipes.base import Asker
 from csp_jax.data.shards import ShardSource
-from csp_jax.evaluate import PROTOCOLS, Scorer, evaluate, open_asking
+from csp_jax.evaluate import PROTOCOLS, Scorer, Speaker, evaluate, open_asking
 from csp_jax.families.interface import HostFamily, open_image
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.policy import Rollouts
@@ -128,8 +136,16 @@ class Evaluation:
         scenes = self._scenes()
         batches = packed([scene.sample for scene in scenes], self.rows)
         asked = sum(len(item.candidates) for scene in scenes for item in scene.items)
-        flops = forward_flops(self.model, batches, jnp.dtype("float32"))
-        return {self.name: dataclasses.replace(windows_work(batches), samples=asked, flops=flops)}
+        counted = dataclasses.replace(windows_work(batches), samples=asked)
+        if not isinstance(self._asking, Speaker):
+            return {
+                self.name: dataclasses.replace(counted, flops=forward_flops(self.model, batches, self._asking.dtype))
+            }
+        sampling = self._asking.sampling
+        fed = (sampling.max_tokens - 1) * sum(int((batch.target_weight > 0).sum()) for batch in batches)
+        flops = texts_flops(self.model, batches, sampling, self._asking.dtype)
+        tokens = {name: getattr(counted, name) + fed for name in ("tokens", "sequence_tokens", "slots")}
+        return {self.name: dataclasses.replace(counted, **tokens, flops=flops)}
 
 
 def packed(samples: Sequence[Sample], rows: int) -> list[Batch]:

@@ -24,7 +24,7 @@ from csp_jax.losses.logprobs import score
 from csp_jax.models.decoder import DecoderConfig
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.perturb import to_canvas
-from csp_jax.rollout import Sampling, sample_batch
+from csp_jax.rollout import Sampling, continue_batch, sample_batch
 from csp_jax.train.flops import product_flops, traced_flops
 from csp_jax.train.loop import Run
 from csp_jax.train.step import batch_sizes
@@ -140,6 +140,16 @@ def forward_flops(model: VisionLanguageModel, batches: Sequence[Batch], dtype: j
         return score(model, batch, pixels, dtype=dtype)
 
     one = product_flops(jax.make_jaxpr(scores)(state, batches[0]).jaxpr)
+    return sum(one - hidden_flops(model.decoder.config, batch, backward=False) for batch in batches)
+
+
+def texts_flops(model: VisionLanguageModel, batches: Sequence[Batch], sampling: Sampling, dtype: jnp.dtype) -> float:
+    """Useful FLOPs of continuing every target of batches of one shape by all tokens that may be said."""
+    graphdef, state = nnx.split(model)
+    alike = nnx.merge(graphdef, jax.eval_shape(lambda x: x, state))
+    alike.attention = "xla"  # products within a kernel cannot be counted
+    traced = jax.make_jaxpr(functools.partial(continue_batch, nnx.graphdef(alike), sampling, dtype))(state, batches[0])
+    one = product_flops(traced.jaxpr, loops=sampling.max_tokens - 1)
     return sum(one - hidden_flops(model.decoder.config, batch, backward=False) for batch in batches)
 
 

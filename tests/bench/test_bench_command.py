@@ -89,8 +89,8 @@ def test_a_policy(ground, rows):
 
 @pytest.mark.slow
 def test_evaluation(ground, rows):
-    found = rows("--model", ground / "checkpoint", *SIZE, "--task", "eval", "--task", "prefill")
-    by_name = check(found, "eval", "prefill", "distribution")
+    found = rows("--model", ground / "checkpoint", *SIZE, "--task", "eval", "--task", "verbal", "--task", "prefill")
+    by_name = check(found, "eval", "verbal", "prefill", "distribution")
     assert by_name["eval"]["images"] == 8
     assert by_name["eval"]["samples"] == 8 * 6 * 2  # six questions, two candidates each
     assert by_name["distribution"]["ratio_to"] == "prefill"
