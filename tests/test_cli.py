@@ -126,7 +126,9 @@ def test_shards_of_another_schema(ground, refusal, tmp_path):
     assert str(tmp_path / "world") in said
 
 
-def test_a_split_that_is_not_there(ground, refusal):
+def test_a_split_and_a_protocol_that_are_not_there(ground, refusal):
+    said = refusal("eval", ground / "checkpoint", ground / "world", "--protocol", "spoken")
+    assert all(words in said for words in ("--protocol", "spoken", "exact or verbal"))
     said = refusal("eval", ground / "checkpoint", ground / "world", "--split", "tset")
     assert "tset" in said
     assert "test" in said
