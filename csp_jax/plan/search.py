@@ -171,7 +171,7 @@ def search(
 
     First the configuration as it is, where its mesh is one of the target, and `known`. Down from there until something
     fits, then the best with the attention kernel where there is one, and up in rows while that fits and is worth it. An
-    update keeps its size where the devices allow it.
+    update keeps its size on as many devices as the configuration is for; on more it may grow.
     """
     update = config.batch.rows * config.batch.accumulation
     trials: list[Trial] = []
@@ -184,7 +184,10 @@ def search(
             trials.append(tried)
         return tried
 
-    trial = attempt(own_candidate(config, target) or (None if only else known) or on_target(config, target))
+    own = own_candidate(config, target)
+    if own and known:
+        known = known.with_rows(min(known.rows, update), update)
+    trial = attempt(own or (None if only else known) or on_target(config, target))
     if only:
         return trials
     if known:
@@ -198,7 +201,8 @@ def search(
     best = fastest([best, attempt(with_kernel(best.candidate, target))])
     while best.candidate.rows_a_device < MOST_ROWS:
         following = best.candidate.with_rows(best.candidate.rows * 2, update)
-        if (best.peak or 0) + best.found.get("bytes_temporaries", 0) > target.card.available:
+        grown = (best.peak or 0) + best.found.get("bytes_temporaries", 0)
+        if grown > target.card.available or (own and following.update > update):
             break
         before, best = best, fastest([best, attempt(following)])
         if best.mfu < WORTH * before.mfu:

@@ -48,11 +48,15 @@ def test_pictures_of_a_row_as_densely_attended():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llava", "internvl2", "phi3_vision", "qwen_vl"])
-def test_cells_as_densely_attended(family):
+@pytest.mark.parametrize(
+    ("family", "kernel"),
+    [(family, "pallas_interpret") for family in ("llava", "internvl2", "phi3_vision", "qwen_vl")]
+    + [("llava", "splash_interpret")],
+)
+def test_cells_as_densely_attended(family, kernel):
     """Towers that see each cell apart: no patch beyond a cell's own, none of the kernel's padding."""
     generator = np.random.default_rng(0)
-    models = {how: family_model(family) for how in ("xla", "pallas_interpret", "pallas")}
+    models = {how: family_model(family) for how in ("xla", kernel, "pallas")}
     for how, model in models.items():
         model.attention = how
     grid = jnp.array([[[1, 2]], [[2, 1]]])
@@ -63,9 +67,9 @@ def test_cells_as_densely_attended(family):
         return jnp.sum(jnp.square(found)), found
 
     (_, dense), dense_gradient = jax.value_and_grad(features, has_aux=True)(pixels, "xla")
-    (_, kernel), kernel_gradient = jax.value_and_grad(features, has_aux=True)(pixels, "pallas_interpret")
-    np.testing.assert_allclose(kernel, dense, atol=2e-5 * float(jnp.abs(dense).max()))
+    (_, sparse), sparse_gradient = jax.value_and_grad(features, has_aux=True)(pixels, kernel)
+    np.testing.assert_allclose(sparse, dense, atol=2e-5 * float(jnp.abs(dense).max()))
     largest = float(jnp.abs(dense_gradient).max())
     assert largest > 0
-    np.testing.assert_allclose(kernel_gradient, dense_gradient, atol=2e-5 * largest)
+    np.testing.assert_allclose(sparse_gradient, dense_gradient, atol=2e-5 * largest)
     assert "pallas_call" in str(jax.make_jaxpr(lambda pixels: features(pixels, "pallas")[1])(pixels))

@@ -94,6 +94,16 @@ def test_what_was_best_elsewhere_is_tried_after_the_configuration_itself():
     assert [t.candidate for t in search(settings, Path(), elsewhere, Machine(80), known=grown)] == [grown]
 
 
+def test_an_update_grows_only_on_more_devices_than_the_configuration_is_for():
+    settings = config(**{**BASE, "batch__accumulation": 2, "model__remat": "weights"})
+    known = Candidate(1, 8, 1, 64, 1, "weights", "pallas")
+    for start in (None, known):
+        trials = search(settings, Path(), EIGHT, Machine(80), known=start)
+        assert {trial.candidate.update for trial in trials} == {16}
+    more = search(settings, Path(), parse_target("a100-80g:8x8"), Machine(80))
+    assert [trial.candidate.update for trial in more] == [64, 64, 128, 256, 512]
+
+
 def test_what_does_not_compile_is_not_made_smaller():
     trials = search(config(**BASE), Path(), EIGHT, lambda config, folder: {"error": "no such instruction"})
     assert len(trials) == 1
