@@ -169,9 +169,10 @@ def search(
 ) -> list[Trial]:
     """Everything that was tried, in order; `only`: the first alone. `known`: what was best for the model elsewhere.
 
-    First the configuration as it is, where its mesh is one of the target, and `known`. Down from there until something
-    fits, then the best with the attention kernel where there is one, and up in rows while that fits and is worth it. An
-    update keeps its size on as many devices as the configuration is for; on more it may grow.
+    First the configuration as it is, where its mesh is one of the target, and `known`: what is first also with the
+    attention kernel, where there is one. Down from there until something fits, then the best with the kernel, and up in
+    rows while that fits and is worth it. An update keeps its size on as many devices as the configuration is for; on
+    more it may grow.
     """
     update = config.batch.rows * config.batch.accumulation
     trials: list[Trial] = []
@@ -191,6 +192,7 @@ def search(
     if only:
         return trials
     if known:
+        attempt(with_kernel(trial.candidate, target))
         trial = attempt(known)
     while recommend(trials) is None:
         following = next((c for c in less_memory(trial.candidate, update, target) if _untried(c, trials)), None)
