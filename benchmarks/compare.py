@@ -42,6 +42,10 @@ LINES: dict[str, tuple[list[tuple[str, str, str]], dict[str, int]]] = {
         [OURS, ("transformers", "trl", "with_transformers.py")],
         {"rows": 16, "accumulation": 1, "tokens": 5},
     ),
+    "verbal": (
+        [OURS, ("transformers", "trl", "with_transformers.py")],
+        {"rows": 8, "accumulation": 1, "tokens": 5},
+    ),
     "eval": (
         [OURS, ("transformers", "trl", "with_transformers.py")],
         {"rows": 8, "accumulation": 1, "tokens": 5},

@@ -44,8 +44,7 @@ def ask_picture(
     packer.add(sample)
     scorer = Scorer(model, make_mesh(ParallelConfig(data=1), jax.local_devices()[:1]))
     log_probs, top = (np.asarray(x)[0] for x in scorer(packer.batch))
-    tokens = np.array([target[0] for target in tree.tree.targets])
-    said = choice.greedy(tokens, top)
+    said = choice.greedy(tree.tree.choices, top)
     distribution = np.exp(choice.log_probs(log_probs))
     return {
         "question": question,

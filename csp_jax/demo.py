@@ -169,7 +169,7 @@ class Demo:
         file = self.out / ("predictions" if split == "test" else f"predictions-{split}") / f"{name}.npz"
         if not file.exists():
             self.say(f"asking {name} ({split})")
-            evaluate(load_model(folder), self.scenes(split), self.mesh, rows=self.config.rows).save(file)
+            evaluate(Scorer(load_model(folder), self.mesh), self.scenes(split), rows=self.config.rows).save(file)
         return Answers.load(file)
 
     def scenes(self, split: str) -> list[SceneTrees]:
@@ -235,7 +235,7 @@ class Demo:
             for number, (level, (_, picture)) in enumerate(zip(STRIP_LEVELS, levels)):
                 file = f"strip/{level}.png"
                 picture.save(self.out / file)
-                spoken = {name: readings[number].expected() for name, readings in says.items()}
+                spoken = {name: readings[number].expected for name, readings in says.items()}
                 words = {name: {"yes": float(c[0]), "no": float(c[1])} for name, c in spoken.items()}
                 entries.append({"confidence": level, "image": file, "says": words})
             strip = {"question": item.question, "truth": item.truth, "levels": entries}

@@ -19,7 +19,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
-from csp_jax.calibration.protocols import Reading, read_question
+from csp_jax.calibration.protocols import (
+    AskItem,
+    QuestionTexts,
+    Reading,
+    question_texts,
+    question_trees,
+    read_question,
+    read_texts,
+)
 from csp_jax.data.batch import Batch, Packer
 from csp_jax.data.buckets import Buckets, alike
 from csp_jax.errors import UserError
@@ -28,6 +36,7 @@ from csp_jax.losses.logprobs import score
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.perturb import to_canvas
 from csp_jax.records import Item, Record
+from csp_jax.rollout import Sampling, continue_batch, end_token
 from csp_jax.scenes import SceneTrees, scene_trees, shape_of
 from csp_jax.sharding import put_batch
 from csp_jax.text import Prompts
@@ -113,13 +122,15 @@ def _score(
 class Scorer:
     """A scoring pass of one model; models of one structure and batches of one shape share a compilation."""
 
+    read = staticmethod(read_question)
+
     def __init__(self, model: VisionLanguageModel, mesh: Mesh, dtype: jnp.dtype = jnp.float32):
         self.mesh, self.dtype = mesh, jnp.dtype(dtype)
         self._graphdef, state = nnx.split(model)
         self._state = jax.device_put(state, NamedSharding(mesh, P()))
 
-    def __call__(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Log-probabilities of all targets and the model's own tokens there, on the device."""
+    def __call__(self, batch: Batch) -> tuple[jax.Array, ...]:
+        """Log-probabilities of all targets' choices and the model's own tokens there, on the device."""
         return _score(self._graphdef, self._state, put_batch(batch, self.mesh, leading=0), dtype=self.dtype)
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:
@@ -127,34 +138,68 @@ class Scorer:
         return _score.lower(self._graphdef, self._state, put_batch(batch, self.mesh, leading=0), dtype=self.dtype)
 
 
+class Speaker:
+    """What a model says, likeliest tokens first, behind every target: what `question_texts` asks, in words."""
+
+    def __init__(
+        self, model: VisionLanguageModel, family: HostFamily, mesh: Mesh, most: int, dtype: jnp.dtype = jnp.float32
+    ):
+        self.mesh, self._tokenizer, self._end = mesh, family.tokenizer, end_token(family)
+        graphdef, state = nnx.split(model)
+        sampling = Sampling(most, temperature=0.0, stop=(self._end,))
+        self._continue = functools.partial(continue_batch, graphdef, sampling, jnp.dtype(dtype))
+        self._state = jax.device_put(state, NamedSharding(mesh, P()))
+
+    def __call__(self, batch: Batch) -> tuple[jax.Array, ...]:
+        """Tokens of all texts, zeros behind their ends, and how many each has."""
+        samples = self._continue(self._state, put_batch(batch, self.mesh, leading=0))
+        return samples.tokens, samples.length
+
+    def read(self, question: QuestionTexts, *results: np.ndarray) -> Reading:
+        """What the texts of a question's one tree say."""
+        (tokens,), (lengths,) = results
+        said = [row[:length].tolist() for row, length in zip(tokens, lengths)]
+        texts = [self._tokenizer.decode([token for token in text if token != self._end]) for text in said]
+        return read_texts(question, texts[: 1 + len(question.candidates)])
+
+
+Asking = Scorer | Speaker  # a pass over a batch of scenes on the device, and what its results [rows, targets, ...] mean
+PROTOCOLS: dict[str, AskItem] = {"exact": question_trees, "verbal": question_texts}
+
+
+def open_asking(model: VisionLanguageModel, family: HostFamily, scenes: Sequence[SceneTrees], mesh: Mesh) -> Asking:
+    """How a model is asked the questions of scenes, as one of `PROTOCOLS` put them."""
+    most = max((question.tail for scene in scenes for question in scene.questions), default=0)
+    return Speaker(model, family, mesh, most) if most else Scorer(model, mesh)
+
+
 def evaluate(
-    model: VisionLanguageModel,
+    asking: Asking,
     scenes: Sequence[SceneTrees],
-    mesh: Mesh,
     *,
     rows: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
     """Ask a model every question of the scenes (see `open_scenes`), each once.
 
-    Each host asks its own scenes on its own devices, which `mesh` spans, `rows` scenes at a time; all hosts return all
-    answers, in the order of the hosts and their scenes.
+    Each host asks its own scenes on its own devices, which the mesh of `asking` spans, `rows` scenes at a time; all
+    hosts return all answers, in the order of the hosts and their scenes.
     """
     # Hosts meet here, before they compile: CPU collectives wait long for a host that they know, not for a first one.
     if not multihost_utils.process_allgather(np.array(len(scenes))).any():
         raise UserError("there is no question with answers to choose from", mend="Check the split and the limit")
-    return gathered(_ask_scenes(Scorer(model, mesh), scenes, rows, progress) if scenes else None)
+    return gathered(_ask_scenes(asking, scenes, rows, progress) if scenes else None)
 
 
 def _ask_scenes(
-    scorer: Scorer, scenes: Sequence[SceneTrees], rows: int, progress: Callable[[int, int], None] | None
+    asking: Asking, scenes: Sequence[SceneTrees], rows: int, progress: Callable[[int, int], None] | None
 ) -> Answers:
     """What the scenes' questions are answered with."""
     shape = shape_of([scene.sample for scene in scenes], rows)
     found: dict[int, list[tuple[Record, Item, Reading]]] = {}
-    for number, (chunk, result) in enumerate(_sweep(scorer, Buckets(shape, PATIENCE), scenes)):
+    for number, (chunk, results) in enumerate(_sweep(asking, Buckets(shape, PATIENCE), scenes)):
         asked = [scenes[place] for place in chunk]
-        for place, scene, readings in zip(chunk, asked, _readings(asked, result, shape.targets), strict=True):
+        for place, scene, readings in zip(chunk, asked, _readings(asking, asked, results, shape.targets), strict=True):
             found[place] = [(scene.record, *pair) for pair in zip(scene.items, readings, strict=True)]
         if progress:
             progress((number + 1) * rows, len(scenes))
@@ -183,34 +228,35 @@ def ask_records(
     scenes = [scene_trees(family, prompts, record, (item,)) for record in records]
     whole = shape_of([scene.sample for scene in scenes], len(scenes))
     ((chunk, result),) = _sweep(scorer, Buckets(whole), scenes)
-    readings = dict(zip(chunk, _readings([scenes[place] for place in chunk], result, whole.targets), strict=True))
+    asked = [scenes[place] for place in chunk]
+    readings = dict(zip(chunk, _readings(scorer, asked, result, whole.targets), strict=True))
     return [readings[place][0] for place in range(len(scenes))]
 
 
 def _readings(
-    scenes: Sequence[SceneTrees], result: tuple[jax.Array, jax.Array], targets: int
+    asking: Asking, scenes: Sequence[SceneTrees], results: tuple[jax.Array, ...], targets: int
 ) -> Iterator[list[Reading]]:
-    """What a model says to each question of scenes that were scored one a row, `targets` edges to a tree."""
-    scored = [np.asarray(x).reshape(len(x), -1, targets) for x in jax.device_get(result)]
-    for scene, *edges in zip(scenes, *scored):
+    """What a model says to each question of scenes that were asked one a row, so many `targets` to a tree."""
+    by_tree = [np.asarray(x).reshape(len(x), -1, targets, *x.shape[2:]) for x in jax.device_get(results)]
+    for scene, *own in zip(scenes, *by_tree):
         ends = itertools.accumulate(len(question.trees) for question in scene.questions)
         yield [
-            read_question(question, *(x[end - len(question.trees) : end] for x in edges))
+            asking.read(question, *(x[end - len(question.trees) : end] for x in own))
             for question, end in zip(scene.questions, ends)
         ]
 
 
 def _sweep(
-    scorer: Scorer, buckets: Buckets, scenes: Sequence[SceneTrees]
-) -> Iterator[tuple[list[int], tuple[jax.Array, jax.Array]]]:
-    """Score scenes (by their numbers) in chunks of like ones; the next is on its way before the last one is read."""
-    waiting: tuple[list[int], tuple[jax.Array, jax.Array]] | None = None
+    asking: Asking, buckets: Buckets, scenes: Sequence[SceneTrees]
+) -> Iterator[tuple[list[int], tuple[jax.Array, ...]]]:
+    """Ask scenes (by their numbers) in chunks of like ones; the next is on its way before the last one is read."""
+    waiting: tuple[list[int], tuple[jax.Array, ...]] | None = None
     for chunk in alike([scene.sample for scene in scenes], buckets.whole.rows):
         samples = [scenes[place].sample for place in chunk]
         packer = Packer(buckets(samples))
         for sample in samples:
             packer.add(sample, share_rows=False)
-        result = scorer(packer.batch)
+        result = asking(packer.batch)
         if waiting is not None:
             yield waiting
         waiting = (chunk, result)
@@ -228,7 +274,7 @@ def collect(found: list[tuple[Record, Item, Reading]]) -> Answers:
         subsets=np.array([[name in item.subsets for name in SUBSETS] for item in items]),
         truth=np.array([item.candidates.index(item.truth) for item in items]),
         greedy=np.array([reading.greedy for _, _, reading in found]),
-        expected=np.array([reading.expected() for _, _, reading in found]),
+        expected=np.array([reading.expected for _, _, reading in found]),
         direct=np.array([reading.direct for _, _, reading in found]),
         direct_log_probs=np.array([reading.direct_log_probs for _, _, reading in found]),
     )

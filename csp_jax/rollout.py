@@ -22,10 +22,9 @@ from csp_jax.data.buckets import bucket
 from csp_jax.errors import UserError
 from csp_jax.families.interface import HostFamily
 from csp_jax.losses.logprobs import head_logits
-from csp_jax.models.attention import interval_mask, prompt_interval, tree_layout
-from csp_jax.models.decoder import KeysValues, Tables
 from csp_jax.models.interface import Start, VisionLanguageModel
 from csp_jax.perturb import to_canvas
+from csp_jax.readers import Memory, PromptReader, Reader, TargetReader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +138,7 @@ class _Said:
     number: Int[Array, ""]
     samples: Samples
     done: Bool[Array, "batch samples"]
-    prompt: KeysValues
-    own: KeysValues
+    memory: Memory
 
 
 def _add(said: _Said, logits: Array, seeds: Array, sampling: Sampling) -> _Said:
@@ -160,7 +158,7 @@ def _add(said: _Said, logits: Array, seeds: Array, sampling: Sampling) -> _Said:
         length=samples.length + goes_on,
         stopped=samples.stopped | stopped,
     )
-    return _Said(said.number + 1, samples, said.done | stopped, said.prompt, said.own)
+    return _Said(said.number + 1, samples, said.done | stopped, said.memory)
 
 
 def generate(
@@ -177,9 +175,38 @@ def generate(
     `prompt` comes from `embed_prompt`; `start` says where positions begin, the batch's own unless given. The lengths
     that rotary frequencies may depend on are those of generation (`VisionLanguageModel.length_of_prompt`).
     """
-    reader = _Reader(model, batch, prompt, start or model.start(batch), seeds.shape[1], sampling)
+    count, most = seeds.shape[1], sampling.max_tokens
+    reader = PromptReader(model, batch, prompt, start or model.start(batch), count, _room(most), sampling.prefill_again)
+    padding = ~jnp.any(batch.prompt_segment > 0, axis=1)[:, None]
+    return _say(reader, model, seeds, jnp.broadcast_to(padding, seeds.shape), sampling)
+
+
+def continue_targets(
+    model: VisionLanguageModel,
+    batch: Batch,
+    prompt: Float[Array, "batch prompt width"],
+    seeds: UInt32[Array, "batch targets"],
+    sampling: Sampling,
+) -> Samples:
+    """Continue the parent of every target of a batch, each with one text; targets without weight say nothing.
+
+    The prompt is read once a row, and each tree of a batch once, however many texts begin in it.
+    """
+    reader = TargetReader(model, batch, prompt, _room(sampling.max_tokens))
+    return _say(reader, model, seeds, batch.target_weight == 0, sampling)
+
+
+def _room(most: int) -> int:
+    """Tokens of a text that may be fed: the last one never is."""
+    return max(most - 1, 1)
+
+
+def _say(
+    reader: Reader, model: VisionLanguageModel, seeds: Array, done: Bool[Array, "batch samples"], sampling: Sampling
+) -> Samples:
+    """The texts of a reader, token by token."""
     head = model.decoder.head_kernel()
-    hidden, of_prompt, own = reader.prompt_alone()
+    hidden, memory = reader.begin()
     shape = (*seeds.shape, sampling.max_tokens)
     samples = Samples(
         tokens=jnp.zeros(shape, jnp.int32),
@@ -188,93 +215,17 @@ def generate(
         length=jnp.zeros(seeds.shape, jnp.int32),
         stopped=jnp.zeros(seeds.shape, bool),
     )
-    padding = jnp.broadcast_to(~jnp.any(batch.prompt_segment > 0, axis=1)[:, None], seeds.shape)
-    said = _Said(jnp.zeros((), jnp.int32), samples, padding, of_prompt, own)
+    said = _Said(jnp.zeros((), jnp.int32), samples, done, memory)
     said = _add(said, head_logits(hidden, head), seeds, sampling)
 
     def go_on(said: _Said) -> Array:
         return (said.number < sampling.max_tokens) & ~jnp.all(said.done)
 
     def feed(said: _Said) -> _Said:
-        hidden, of_prompt, own = reader.one_more(said)
-        return _add(dataclasses.replace(said, prompt=of_prompt, own=own), head_logits(hidden, head), seeds, sampling)
+        hidden, memory = reader.one_more(said.memory, said.samples.tokens, said.number, said.done)
+        return _add(dataclasses.replace(said, memory=memory), head_logits(hidden, head), seeds, sampling)
 
     return jax.lax.while_loop(go_on, feed, said).samples
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """What the decoder is fed: the prompts once, then the samples token by token."""
-
-    model: VisionLanguageModel
-    batch: Batch
-    prompt: Float[Array, "batch prompt width"]
-    start: Start
-    count: int
-    sampling: Sampling
-
-    @property
-    def room(self) -> int:
-        """Tokens of a sample that may be fed: the last one never is."""
-        return max(self.sampling.max_tokens - 1, 1)
-
-    def prompt_alone(self) -> tuple[Array, KeysValues, KeysValues]:
-        """The hidden state behind each prompt [batch, 1, width], the prompt's memory, and room for the samples'."""
-        nothing = jnp.zeros((len(self.prompt), 0), jnp.int32)
-        last = self.start.last[:, None]
-        hidden, of_prompt, _ = self._read(nothing, nothing, 1, last, self.start.length)
-        room = (self.count, self.room)
-        own = jax.tree.map(lambda m: jnp.zeros((*m.shape[:2], *room, *m.shape[3:]), m.dtype), of_prompt)
-        return hidden, of_prompt, own
-
-    def one_more(self, said: _Said) -> tuple[Array, KeysValues, KeysValues]:
-        """The hidden states behind the samples' newest tokens [batch, samples, width], and both memories."""
-        place, start, model = said.number - 1, self.start, self.model
-        memory = said.prompt, said.own
-        length = start.length + place + 1
-        if model.length_dependent and self.sampling.prefill_again:
-            crossing = (model.regime(length) != model.regime(length - 1)) & ~jnp.all(said.done, axis=1)
-            memory = jax.lax.cond(jnp.any(crossing), self._again, lambda said, *_: memory, said, crossing, length)
-        elif model.length_of_prompt:
-            length = start.length
-        tables = model.rope((start.following + place)[:, None], length[:, None] if model.length_dependent else None)
-        token = jax.lax.dynamic_index_in_dim(said.samples.tokens, place, axis=2, keepdims=False)
-        segment = self.batch.prompt_segment
-        visible = interval_mask(*prompt_interval(segment, start.last[:, None]), segment.shape[1])[:, 0]
-        hidden, own = model.decoder.extend(self._embed(token), tables, *memory, visible, place)
-        return hidden, memory[0], own
-
-    def _again(self, said: _Said, crossing: Array, length: Array) -> tuple[KeysValues, KeysValues]:
-        """Both memories, read anew where a row's regime changes."""
-        rows, size = self.batch.prompt_segment.shape
-        room = self.room
-        fed = said.samples.tokens[:, :, :room].reshape(rows, -1)
-        before = size + jnp.arange(self.count * room).reshape(1, self.count, room) - 1
-        parent = jnp.broadcast_to(before, (rows, self.count, room)).at[:, :, 0].set(self.start.last[:, None])
-        nowhere = parent[:, :, 0]  # nothing is read from there: only the memories are wanted
-        _, *new = self._read(fed, parent.reshape(rows, -1), self.count, nowhere, length)
-
-        def choose(new: Array, old: Array) -> Array:
-            return jnp.where(crossing.reshape(1, -1, *[1] * (old.ndim - 2)), new, old)
-
-        return jax.tree.map(choose, tuple(new), (said.prompt, said.own))
-
-    def _read(
-        self, fed: Array, parent: Array, groups: int, target_parent: Array, length: Int[Array, " batch"]
-    ) -> tuple[Array, KeysValues, KeysValues]:
-        """Prompts and fed tokens in one pass, each row as of one length."""
-        layout = tree_layout(self.batch.prompt_segment, parent, groups)
-        positions = self.start.following[:, None] + layout.depth - 1
-
-        def tables(positions: Array) -> Tables:
-            lengths = jnp.broadcast_to(length[:, None], positions.shape[:2])
-            return self.model.rope(positions, lengths if self.model.length_dependent else None)
-
-        both = tables(self.start.prompt), tables(positions)
-        return self.model.decoder.prefill(self.prompt, self._embed(fed), layout, both, target_parent)
-
-    def _embed(self, tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens width"]:
-        return self.model.decoder.embed(tokens).astype(self.prompt.dtype)
 
 
 # --- from batches and pictures ---------------------------------------------------------------------------------------
@@ -295,6 +246,17 @@ def sample_batch(
     model = nnx.merge(graphdef, *(state if isinstance(state, tuple) else (state,)))
     pixels = None if batch.canvas is None else model.pixels(batch, to_canvas(batch.canvas))
     return generate(model, batch, model.embed_prompt(batch, pixels, dtype=dtype), seeds, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "dtype"))
+def continue_batch(
+    graphdef: nnx.GraphDef, sampling: Sampling, dtype: jnp.dtype, state: nnx.State, batch: Batch
+) -> Samples:
+    """`continue_targets` from pictures on, in one program; every target's seed is 0."""
+    model = nnx.merge(graphdef, state)
+    pixels = None if batch.canvas is None else model.pixels(batch, to_canvas(batch.canvas))
+    prompt = model.embed_prompt(batch, pixels, dtype=dtype)
+    return continue_targets(model, batch, prompt, jnp.zeros(batch.target_parent.shape, jnp.uint32), sampling)
 
 
 def make_sampler(graphdef: nnx.GraphDef, sampling: Sampling, *, dtype: jnp.dtype = jnp.float32) -> Sampler:

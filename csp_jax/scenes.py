@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from csp_jax.calibration.protocols import QuestionTrees, Shots, question_trees
+from csp_jax.calibration.protocols import AskItem, Question, Shots, question_trees
 from csp_jax.data.batch import Sample, Shape, Tree
 from csp_jax.data.pictures import check_slots, show
 from csp_jax.data.recipes.base import Asker, noise_identity
@@ -24,7 +24,7 @@ class SceneTrees:
 
     record: Record
     items: tuple[Item, ...]
-    questions: tuple[QuestionTrees, ...]
+    questions: tuple[Question, ...]
     sample: Sample
 
 
@@ -60,18 +60,23 @@ def choice_items(record: Record) -> tuple[Item, ...]:
 
 
 def scene_trees(
-    family: HostFamily, prompts: Prompts, record: Record, items: tuple[Item, ...], shots: Shots = ()
+    family: HostFamily,
+    prompts: Prompts,
+    record: Record,
+    items: tuple[Item, ...],
+    shots: Shots = (),
+    ask: AskItem = question_trees,
 ) -> SceneTrees:
     """A record as one sample: its picture in the prompt, a group for each tree of its questions."""
     picture = show(family, open_image(record.images[0], record.image_id), noise_id=noise_identity(record.id))
     asker = Asker(family, prompts, picture)
     prompt = shared_prompt(asker)
-    questions = tuple(question_trees(asker, item, len(prompt), shots) for item in items)
+    questions = tuple(ask(asker, item, len(prompt), shots) for item in items)
     sample = check_slots(family, Sample(prompt, (picture,), all_trees(questions)))
     return SceneTrees(record, items, questions, sample)
 
 
-def all_trees(questions: Sequence[QuestionTrees]) -> tuple[Tree, ...]:
+def all_trees(questions: Sequence[Question]) -> tuple[Tree, ...]:
     """The trees of questions, in order: the groups of the sample that asks them."""
     return tuple(tree for question in questions for tree in question.trees)
 
@@ -90,7 +95,8 @@ def split_scene(scene: SceneTrees, keys: Sequence[float]) -> list[SceneTrees]:
 def split_by_regime(family: HostFamily, scene: SceneTrees) -> list[SceneTrees]:
     """A scene as parts whose questions are of one rotary regime (see `HostFamily.regime`); nearly always one part."""
     size = len(scene.sample.prompt)
-    return split_scene(scene, [family.regime(size + max(map(depth, question.trees))) for question in scene.questions])
+    sizes = [size + max(map(depth, question.trees)) + question.tail for question in scene.questions]
+    return split_scene(scene, [family.regime(size) for size in sizes])
 
 
 def rows_of(scene: SceneTrees, trees: int) -> list[int]:
@@ -133,6 +139,7 @@ def _round_up(value: int, step: int) -> int:
 def shape_of(samples: Sequence[Sample], rows: int) -> Shape:
     """A shape that samples of merged trees all fit, one a row."""
     trees = [group for sample in samples for group in sample.groups if isinstance(group, Tree)]
+    choices = [len(tokens) for tree in trees for tokens in tree.choices]
     first = samples[0].pictures[0]
     groups = max(len(sample.groups) for sample in samples)
     return Shape(
@@ -140,11 +147,12 @@ def shape_of(samples: Sequence[Sample], rows: int) -> Shape:
         prompt=max(len(sample.prompt) for sample in samples),
         groups=groups,
         length=_round_up(max(len(tree.tokens) for tree in trees), 8),
-        targets=_round_up(max(len(tree.targets) for tree in trees), 8),
+        targets=max(len(tree.targets) for tree in trees),
         responses=groups,
         pictures=1,
         canvas=first.cell or (first.canvas.shape[0], first.canvas.shape[1]),
         cells=max(sum(picture.cells for picture in sample.pictures) for sample in samples),
+        choices=max(choices, default=0),
     )
 
 
@@ -155,6 +163,7 @@ def open_scenes(
     *,
     limit: int = 0,
     shots: Shots = (),
+    ask: AskItem = question_trees,
 ) -> list[SceneTrees]:
     """The questions of a split (of its first `limit` records) that this host asks: each record is one host's."""
     wanted = min(limit or len(source), len(source))
@@ -164,7 +173,7 @@ def open_scenes(
         part
         for record in records
         if (items := choice_items(record))
-        for part in split_by_regime(family, scene_trees(family, prompts, record, items, shots))
+        for part in split_by_regime(family, scene_trees(family, prompts, record, items, shots, ask))
     ]
     size = trees_a_row(whole) if whole else 0
     return [part for scene in whole for part in split_scene(scene, rows_of(scene, size))]

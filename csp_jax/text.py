@@ -141,6 +141,11 @@ def parse_confidence(text: str) -> float | None:
     return value if 0 <= value <= 1 else None
 
 
+def plain(text: str) -> str:
+    """Words without case, surrounding blanks and a final period."""
+    return " ".join(text.split()).removesuffix(".").casefold()
+
+
 def yes_or_no(text: str) -> str:
     """POPE's reading: text before the first period, commas dropped; `no` or `not` means no, else yes."""
     words = text.split(".")[0].replace(",", "").split()

@@ -73,9 +73,10 @@ class Ledger:
     def _count(self, entry: dict[str, Any]) -> None:
         self.totals.update(entry_totals(entry))
 
-    def is_done(self, split: str, number: int) -> bool:
-        """Is what became of this unit safe already?"""
-        return number <= self._last[split]
+    @property
+    def safe(self) -> dict[str, int]:
+        """Of each split, the last unit of which all is safe already (-1: none)."""
+        return dict(self._last)
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add one unit's line; it need not be on the disk yet."""

@@ -8,6 +8,7 @@ import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -88,6 +89,17 @@ def _region_line(unit: Unit, index: int) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Done:
+    """Was a unit safe already when this run began? The answer never changes, and can be asked anywhere."""
+
+    splits: Mapping[str, float]
+    last: Mapping[str, int]  # of each split, the last unit that is safe
+
+    def __call__(self, unit: Unit) -> bool:
+        return unit.number <= self.last[split_of(unit.image_id, self.splits)]
+
+
 class Packer:
     """Writes one data set. Use as a context; `finish` publishes it, leaving without it keeps what is complete.
 
@@ -112,6 +124,7 @@ class Packer:
         completed = dict.fromkeys(self._published, ALL)
         self._written = {name: sum(s.records for s in writer.completed) for name, writer in self._writers.items()}
         self.ledger = Ledger(directory / WORK, identity, {**completed, **self._written})
+        self.done = Done(self.splits, self.ledger.safe)
 
     def _writer(self, split: str) -> ShardWriter:
         return ShardWriter(
@@ -144,10 +157,6 @@ class Packer:
     def resumed(self) -> int:
         """Records that were there already."""
         return sum(self._written.values())
-
-    def is_done(self, unit: Unit) -> bool:
-        """Is this unit safe already?"""
-        return self.ledger.is_done(self.split(unit), unit.number)
 
     def split(self, unit: Unit) -> str:
         """The split that a unit belongs to."""

@@ -20,7 +20,7 @@ from data_prep.keywords.registry import open_finder
 from data_prep.keywords.stage import KeywordStage
 from data_prep.localize.interface import Detector
 from data_prep.localize.stage import LocalizeStage
-from data_prep.pack import Packer, finished_totals, remove_dataset
+from data_prep.pack import Done, Packer, finished_totals, remove_dataset
 from data_prep.pictures import DecodeStage
 from data_prep.segment.interface import Segmenter
 from data_prep.segment.stage import SegmentStage
@@ -114,6 +114,20 @@ def batches(stream: Iterator[Unit], size: int, is_done: Callable[[Unit], bool]) 
             yield batch
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The batches that are to be done, as often as one goes through them, here or in another process."""
+
+    source: Source
+    group: bool
+    limit: int
+    size: int
+    done: Done
+
+    def __iter__(self) -> Iterator[list[Unit]]:
+        return batches(units(self.source, group=self.group, limit=self.limit), self.size, self.done)
+
+
 def prepare(config: PrepConfig, *, overwrite: bool = False, progress: Progress | None = None) -> Prepared:
     """Make the data set that a configuration describes, or go on making it.
 
@@ -152,8 +166,7 @@ def _prepare(
     with Packer(
         directory, config.dataset, config.pack.splits, config.pack.records_per_shard, identity, settings
     ) as packer:
-        stream = units(source, group=config.pack.group, limit=config.limit)
-        wanted = batches(stream, config.batch, packer.is_done)
+        wanted = Wanted(source, config.pack.group, config.limit, config.batch, packer.done)
         resumed = packer.resumed
         if progress:
             progress(packer.ledger.totals["rows"], packer.ledger.totals)
@@ -168,7 +181,7 @@ def pack_batch(packer: Packer, batch: list[Unit], clocks: Clocks) -> None:
     """Pack what is not safe already."""
     start = time.perf_counter()
     for unit in batch:
-        if not packer.is_done(unit):
+        if not packer.done(unit):
             packer.add(unit)
     clocks["pack"].seconds += time.perf_counter() - start
     clocks["pack"].units += len(batch)

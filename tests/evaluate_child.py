@@ -9,7 +9,7 @@ import jax
 
 from csp_jax.config import ParallelConfig
 from csp_jax.data.shards import ShardSource
-from csp_jax.evaluate import evaluate
+from csp_jax.evaluate import Scorer, evaluate
 from csp_jax.families.registry import open_family
 from csp_jax.models.registry import load_model
 from csp_jax.scenes import open_scenes
@@ -22,5 +22,6 @@ if __name__ == "__main__":
     checkpoint = Path(folder) / "checkpoint"
     source = ShardSource(Path(folder) / "world", "test")
     scenes = open_scenes(open_family(checkpoint), Prompts(), source, limit=int(limit))
-    answers = evaluate(load_model(checkpoint), scenes, make_mesh(ParallelConfig(), jax.local_devices()), rows=2)
+    mesh = make_mesh(ParallelConfig(), jax.local_devices())
+    answers = evaluate(Scorer(load_model(checkpoint), mesh), scenes, rows=2)
     answers.save(Path(out))

@@ -6,12 +6,14 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ from transformers import LlavaForConditionalGeneration
 from csp_jax.calibration.protocols import Shots
 from csp_jax.config import ParallelConfig
 from csp_jax.data.shards import ShardSource
-from csp_jax.evaluate import Answers, Scorer, ask_records, evaluate
+from csp_jax.evaluate import PROTOCOLS, Answers, Scorer, ask_records, evaluate, open_asking
 from csp_jax.families.interface import HostFamily, open_image
 from csp_jax.families.registry import open_family
 from csp_jax.models.registry import load_model, save_model
@@ -58,7 +60,7 @@ def asked(ground: Path, devices: int, rows: int, shots: Shots = ()) -> Answers:
     folder = ground / "checkpoint"
     source = ShardSource(ground / "world", "test")
     scenes = open_scenes(open_family(folder), Prompts(), source, shots=shots)
-    return evaluate(load_model(folder), scenes, mesh, rows=rows)
+    return evaluate(Scorer(load_model(folder), mesh), scenes, rows=rows)
 
 
 class Original:
@@ -90,6 +92,8 @@ class Original:
         start = len(tokens)
         for _ in range(most):
             tokens.append(int(self.model(**self.inputs(record, tuple(tokens))).logits[0, -1].argmax()))
+            if tokens[-1] == self.family.tokenizer.token_to_id("</s>"):
+                break
         return self.family.tokenizer.decode(tokens[start:])
 
 
@@ -191,8 +195,8 @@ def test_a_single_question_reads_as_in_the_sweep(ground):
     other = dataclasses.replace(record, images=records_of(ground)[-1].images)
     scorer = Scorer(load_model(folder), mesh)
     first, second = ask_records(scorer, open_family(folder), Prompts(), [record, other], item)
-    np.testing.assert_allclose(first.expected(), answers.expected[answers.ids.index(item.id)], atol=1e-5)
-    assert np.abs(first.expected() - second.expected()).max() > 1e-5  # it does look at the picture
+    np.testing.assert_allclose(first.expected, answers.expected[answers.ids.index(item.id)], atol=1e-5)
+    assert np.abs(first.expected - second.expected).max() > 1e-5  # it does look at the picture
 
 
 def test_shots_stand_before_the_query(ground, original):
@@ -206,6 +210,50 @@ def test_shots_stand_before_the_query(ground, original):
     shares = np.exp([original.log_prob(record, query, f"{percent}%", end=False) for percent in range(101)])
     wanted = float(shares @ np.arange(101) / 100 / shares.sum())
     assert answers.expected[answers.ids.index(item.id), 0] == pytest.approx(wanted, abs=2e-5)
+
+
+# --- in words --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def talker(ground: Path) -> Path:
+    """The checkpoint with a head that says numbers, percent signs, candidates and ends, and hardly anything else."""
+    folder = ground / "talker"
+    shutil.copytree(ground / "checkpoint", folder)
+    model, words = load_model(folder), open_family(folder).tokenizer.get_vocab()
+    said = sorted(
+        token for word, token in words.items() if word.strip("\u2581\u0120") in (*"0123456789%", "yes", "no", "</s>")
+    )
+    kernel = np.array(model.decoder.head.kernel[...])
+    others = np.setdiff1d(np.arange(kernel.shape[1]), said)
+    kernel[:, others] *= 0.05
+    kernel[:, words["%"]] *= 3
+    model.decoder.head.kernel[...] = jnp.asarray(kernel * 3)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    save_model(folder, model)
+    return folder
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_words_are_those_of_separate_sequences_in_transformers(ground, talker, rows):
+    family, prompts, original = open_family(talker), Prompts(), Original(talker)
+    scenes = open_scenes(family, prompts, ShardSource(ground / "world", "test"), ask=PROTOCOLS["verbal"])
+    mesh = make_mesh(ParallelConfig(data=1), jax.devices()[:1])
+    answers = evaluate(open_asking(load_model(talker), family, scenes, mesh), scenes, rows=rows)
+    items = asked_items(records_of(ground))
+    assert answers.ids == [item.id for _, item in items]
+    said, most = [], max(question.tail for scene in scenes for question in scene.questions)
+    for number, (record, item) in enumerate(items[:6]):
+        for place, candidate in enumerate(item.candidates):
+            words = original.says(record, prompts.ask_confidence(item.question, candidate), most)
+            wanted = parse_confidence(words)
+            said.append(wanted)
+            np.testing.assert_equal(answers.greedy[number, place], np.nan if wanted is None else wanted)
+        direct = original.says(record, prompts.ask(item.question), most).strip()
+        assert answers.direct[number] == (item.candidates.index(direct) if direct in item.candidates else -1)
+    np.testing.assert_array_equal(answers.expected, answers.greedy)
+    assert len(set(said)) > 2  # it does say numbers, and different ones
 
 
 def test_answers_survive_the_file(ground, tmp_path):

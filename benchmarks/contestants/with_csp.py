@@ -17,7 +17,7 @@ def main() -> None:
     folder = Path(given.folder)
     lora = [f"model.lora.rank={given.rank}", f"model.lora.alpha={2 * given.rank}"] if given.rank else []
     settings = Settings(given.rows, given.accumulation, given.samples, given.tokens)
-    name = {"eval": "sft", "query": "sft"}.get(given.task, given.task)
+    name = {"eval": "sft", "verbal": "sft", "query": "sft"}.get(given.task, given.task)
     config = made_config(name, folder / "model", folder / "records", settings, lora)
     task = query(config) if given.task == "query" else make_tasks(config, [given.task])[0]
     while True:

@@ -1,5 +1,5 @@
-"""transformers: greedy `generate`. `query`: the answer to one confidence query a picture; `eval`: to all that an
-evaluation asks about each picture."""
+"""transformers: greedy `generate`. `query`: the answer to one confidence query a picture; `verbal` and `eval`: to
+all that an evaluation asks about each picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main() -> None:
     processor.tokenizer.padding_side = "left"
     model.eval()
     rows = questions[: given.rows]
-    if given.task == "eval":
+    if given.task in ("eval", "verbal"):
         rows = [{**row, "query": text} for row in rows for text in row["protocol"]]
     while True:
         turns.wait()

@@ -35,9 +35,9 @@ from csp_jax.text import Prompts
 from csp_jax.train.loop import Run
 
 TRAINED = ("sft", "simpo", "grpo")
-SCORED = ("base", "eval", "prefill")
+SCORED = ("base", "eval", "verbal", "prefill")
 TASKS = (*TRAINED, *SCORED)
-ORDER = ("base", *TRAINED, "eval", "prefill", "distribution")  # of the turns
+ORDER = ("base", *TRAINED, "eval", "verbal", "prefill", "distribution")  # of the turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,9 @@ def scoring_tasks(run: Run, names: Sequence[str], prefix: str) -> list[Task]:
         window = next(iter(run.dataset()))
         tasks.append(Scores(f"{prefix}base", scorer, model, micro_batches(window.batch)))
     if "eval" in names:
-        tasks.append(Evaluation(f"{prefix}eval", model, family, evaluated(run), run))
+        tasks.append(Evaluation(f"{prefix}eval", model, family, evaluated(run), run, "exact"))
+    if "verbal" in names:
+        tasks.append(Evaluation(f"{prefix}verbal", model, family, evaluated(run), run, "verbal"))
     if "prefill" in names:
         count = min(run.rows, len(run.source))
         for name, samples in zip(("prefill", "distribution"), prefill_and_distribution(family, run.source, count)):

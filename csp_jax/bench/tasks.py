@@ -17,7 +17,7 @@ from csp_jax.data.batch import Batch, Packer, Sample, Tree
 from csp_jax.data.pictures import show
 from csp_jax.data.recipes.base import Asker
 from csp_jax.data.shards import ShardSource
-from csp_jax.evaluate import Scorer, evaluate
+from csp_jax.evaluate import PROTOCOLS, Scorer, evaluate, open_asking
 from csp_jax.families.interface import HostFamily, open_image
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.policy import Rollouts
@@ -107,24 +107,27 @@ class Scores:
 
 
 class Evaluation:
-    """`csp eval`'s pass over one batch of records: pictures opened, questions as trees, scored, read."""
+    """`csp eval`'s pass over one batch of records: pictures opened, questions as trees, asked, read."""
 
-    def __init__(self, name: str, model: VisionLanguageModel, family: HostFamily, source: ShardSource, run: Run):
+    def __init__(
+        self, name: str, model: VisionLanguageModel, family: HostFamily, source: ShardSource, run: Run, protocol: str
+    ):
         self.name, self.model, self.family, self.source, self.mesh = name, model, family, source, run.mesh
-        self.rows = run.rows
+        self.rows, self.protocol = run.rows, PROTOCOLS[protocol]
+        self._asking = open_asking(model, family, self._scenes(), run.mesh)
 
     def _scenes(self) -> list[SceneTrees]:
-        return open_scenes(self.family, Prompts(), self.source, limit=self.rows)
+        return open_scenes(self.family, Prompts(), self.source, limit=self.rows, ask=self.protocol)
 
     def __call__(self) -> dict[str, float]:
         start = time.perf_counter()
-        evaluate(self.model, self._scenes(), self.mesh, rows=self.rows)
+        evaluate(self._asking, self._scenes(), rows=self.rows)
         return {self.name: time.perf_counter() - start}
 
     def work(self) -> dict[str, Work]:
         scenes = self._scenes()
         batches = packed([scene.sample for scene in scenes], self.rows)
-        asked = sum(len(question.confidence) for scene in scenes for question in scene.questions)
+        asked = sum(len(item.candidates) for scene in scenes for item in scene.items)
         flops = forward_flops(self.model, batches, jnp.dtype("float32"))
         return {self.name: dataclasses.replace(windows_work(batches), samples=asked, flops=flops)}
 

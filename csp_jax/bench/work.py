@@ -78,18 +78,22 @@ def window_work(window: Batch) -> Work:
     there = np.zeros(batch.role.shape, bool)
     there[np.nonzero(scored)[0], batch.target_response[scored]] = True
     fed = _edges(batch.parent, batch.tokens)[batch.tokens > 0]
-    ends = scored & ~np.isin(_edges(batch.target_parent, batch.target_token), fed)  # nothing follows: a sequence's last
+    said = batch.target_token[..., None] if batch.choices is None else batch.choices
+    after = _edges(np.broadcast_to(batch.target_parent[..., None], said.shape), said)
+    ends = scored[..., None] & ~np.isin(after, fed)  # nothing follows: a sequence's last
+    ends[..., 1:] &= said[..., 1:] > 0
     lengths = np.take_along_axis(seen, batch.target_parent, axis=1) + 1
     return Work(
         samples=int(((batch.role != UNUSED) & there).sum()),
-        sequence_tokens=int(lengths[ends].sum()),
+        sequence_tokens=int((lengths * ends.sum(axis=-1)).sum()),
         **{name: int(sizes[name]) for name in ("images", "tokens", "slots")},
     )
 
 
-def _edges(parent: Int[np.ndarray, "rows n"], token: Int[np.ndarray, "rows n"]) -> Int[np.ndarray, "rows n"]:
+def _edges(parent: Int[np.ndarray, "rows ..."], token: Int[np.ndarray, "rows ..."]) -> Int[np.ndarray, "rows ..."]:
     """A number for each row, parent and token that follows it."""
-    return (np.arange(len(parent))[:, None] << 48) + (parent.astype(np.int64) << 24) + token
+    row = np.arange(len(parent)).reshape(-1, *[1] * (parent.ndim - 1))
+    return (row << 48) + (parent.astype(np.int64) << 24) + token
 
 
 def windows_work(batches: Sequence[Batch]) -> Work:

@@ -17,7 +17,8 @@ def bench(
     configs: Annotated[list[Path] | None, typer.Argument(help="trainings' YAMLs; none: made trainings")] = None,
     model: Annotated[str, typer.Option(help="llava-112, -224, -336, decoder, or a checkpoint's folder")] = "llava-112",
     task: Annotated[
-        list[str] | None, typer.Option(help="sft, simpo, grpo, base, eval or prefill; again for more [default: all]")
+        list[str] | None,
+        typer.Option(help="sft, simpo, grpo, base, eval, verbal or prefill; again for more [default: all]"),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="turns that count")] = 5,
     rows: Annotated[int, typer.Option(min=1, help="rows of a micro-batch")] = 8,

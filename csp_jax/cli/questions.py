@@ -18,7 +18,8 @@ def evaluate_command(
     split: Annotated[str, typer.Option()] = "test",
     limit: Annotated[int, typer.Option(min=0, help="records; 0: all")] = 0,
     rows: Annotated[int, typer.Option(min=1, help="pictures in a batch")] = 4,
-    reading: Annotated[str, typer.Option(help="expected or greedy")] = "expected",
+    protocol: Annotated[str, typer.Option(help="exact: all 101 answers are weighed; verbal: said in words")] = "exact",
+    reading: Annotated[str, typer.Option(help="expected or greedy; in words both are what is said")] = "expected",
     shots: Annotated[int, typer.Option(min=0, help="examples before each confidence query")] = 0,
     shots_split: Annotated[str, typer.Option(help="the split that the examples come from")] = "train",
     out: Annotated[Path | None, typer.Option(help="save what was said as npz")] = None,
@@ -31,7 +32,7 @@ def evaluate_command(
 
     from csp_jax.config import ParallelConfig
     from csp_jax.data.shards import ShardSource
-    from csp_jax.evaluate import evaluate
+    from csp_jax.evaluate import PROTOCOLS, evaluate, open_asking
     from csp_jax.families.registry import open_family
     from csp_jax.models.registry import load_model
     from csp_jax.results import READINGS, result_rows
@@ -40,15 +41,20 @@ def evaluate_command(
     from csp_jax.train import hosts
     from csp_jax.train.loop import checkpoint_folder, read_prompts
 
+    check_choice("--protocol", "protocol", protocol, PROTOCOLS)
     check_choice("--reading", "reading", reading, READINGS)
     configure_jax()
     hosts.join()
     with hosts.ending_together(lambda: "the others' answers"):
         folder, source = checkpoint_folder(model), ShardSource(shards, split)
         examples = example_shots(ShardSource(shards, shots_split), shots) if shots else ()
-        scenes = open_scenes(open_family(folder), read_prompts(prompts), source, limit=limit, shots=examples)
-        mesh = make_mesh(ParallelConfig(), jax.local_devices())
-        answers = evaluate(load_model(folder, adapter=adapter), scenes, mesh, rows=rows)
+        family, texts, mesh = (
+            open_family(folder),
+            read_prompts(prompts),
+            make_mesh(ParallelConfig(), jax.local_devices()),
+        )
+        scenes = open_scenes(family, texts, source, limit=limit, shots=examples, ask=PROTOCOLS[protocol])
+        answers = evaluate(open_asking(load_model(folder, adapter=adapter), family, scenes, mesh), scenes, rows=rows)
     if not hosts.is_first():
         return
     if out:

@@ -91,6 +91,7 @@ class Shape:
     pictures: int  # of a row
     canvas: tuple[int, int] | None  # of one cell: a whole canvas, a tile or a patch, as the family has it
     cells: int = 0  # canvas cells of a row, all pictures together; 0: one a picture
+    choices: int = 0  # tokens that are weighed at a target's place, where an evaluation weighs several
 
 
 @dataclasses.dataclass
@@ -113,6 +114,7 @@ class Batch:
     noise_id: Any  # UInt32[rows cells]
     groups: int
     grid: Any = None  # Int[rows pictures 2], rows and columns of each picture's cells; 0 is padding
+    choices: Any = None  # Int[rows groups*targets choices], weighed in place of the target's token alone
     # Of sampled responses; see `losses.grpo`. None where they are not needed.
     old_log_probs: Any = None  # Float[rows groups*targets] of the policy that sampled
     reference_log_probs: Any = None  # Float[rows groups*targets]
@@ -136,17 +138,22 @@ class Batch:
         "noise_id",
         "grid",
     )
+    EVALUATION: ClassVar[tuple[str, ...]] = ("choices",)
     POLICY: ClassVar[tuple[str, ...]] = ("old_log_probs", "reference_log_probs", "advantage", "response_weight")
     STATIC: ClassVar[tuple[str, ...]] = ("groups",)
 
 
 @dataclasses.dataclass
 class Tree:
-    """Branches merged where they begin alike. Parents index `tokens`; -1 is the prompt's last token."""
+    """Branches merged where they begin alike. Parents index `tokens`; -1 is the prompt's last token.
+
+    `choices`: in evaluation, the tokens that are weighed at each target's place.
+    """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     parents: list[int] = dataclasses.field(default_factory=list)
     targets: list[tuple[int, int, float, int]] = dataclasses.field(default_factory=list)
+    choices: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 def merge_branches(branches: Sequence[Branch]) -> Tree:
@@ -219,6 +226,7 @@ def empty_batch(shape: Shape) -> Batch:
         noise_id=zeros(cells, dtype=np.uint32),
         groups=shape.groups,
         grid=zeros(shape.pictures if shape.canvas else 0, 2),
+        choices=zeros(scored, shape.choices) if shape.choices else None,
     )
 
 
@@ -244,6 +252,7 @@ def refuse_what_never_fits(sample: Sample, trees: Sequence[Tree], shape: Shape, 
         "cells": (sum(picture.cells for picture in sample.pictures), shape.cells or shape.pictures),
         "length": (max((len(tree.tokens) for tree in trees), default=0), shape.length),
         "targets": (max((len(tree.targets) for tree in trees), default=0), shape.targets),
+        "choices": (max((len(tokens) for tree in trees for tokens in tree.choices), default=0), shape.choices),
     }
     for name, (has, limit) in needs.items():
         if has > limit:
@@ -343,6 +352,8 @@ class Packer:
             batch.target_token[row, at], batch.target_weight[row, at] = token, weight
             batch.target_parent[row, at] = [root if node < 0 else first + node for node in parent]
             batch.target_response[row, at] = response + np.array(branch)
+            for place, weighed in enumerate(tree.choices, start):
+                batch.choices[row, place, : len(weighed)] = weighed
         self._filled[row, group] += added
 
 

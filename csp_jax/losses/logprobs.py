@@ -15,9 +15,10 @@ from csp_jax.models.interface import VisionLanguageModel
 
 @struct.dataclass
 class Scores:
-    """Per target: its log-probability, and the token that the model would have said there."""
+    """Per target: its log-probability (where a batch has choices, that of each), and the token that the model would
+    have said there."""
 
-    log_probs: Float[Array, "batch targets"]
+    log_probs: Float[Array, "batch targets *choices"]
     top_token: Int[Array, "batch targets"]
 
 
@@ -29,19 +30,20 @@ def head_logits(hidden: Float[Array, "... width"], kernel: Float[Array, "width v
 def head_log_probs(
     hidden: Float[Array, "batch targets width"],
     kernel: Float[Array, "width vocab"],
-    tokens: Int[Array, "batch targets"],
+    tokens: Int[Array, "batch targets *choices"],
     *,
     chunk: int = 1024,
 ) -> Scores:
     """Log-softmax of the head at the given tokens, in float32; logits exist for `chunk` slots at a time."""
-    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
+    flat = hidden.reshape(-1, hidden.shape[-1])
     count = flat.shape[0]
+    wanted = tokens.reshape(count, -1)
 
     def score(part: tuple[Array, Array]) -> tuple[Array, Array]:
         states, targets = part
         logits = head_logits(states, kernel)
-        picked = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        picked = jnp.take_along_axis(logits, targets, axis=1)
+        return picked - jax.nn.logsumexp(logits, axis=-1, keepdims=True), jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     if count <= chunk:
         log_probs, top = score((flat, wanted))
@@ -49,10 +51,10 @@ def head_log_probs(
         padding = -count % chunk
         parts = (
             jnp.pad(flat, ((0, padding), (0, 0))).reshape(-1, chunk, flat.shape[1]),
-            jnp.pad(wanted, (0, padding)).reshape(-1, chunk),
+            jnp.pad(wanted, ((0, padding), (0, 0))).reshape(-1, chunk, wanted.shape[1]),
         )
-        log_probs, top = (x.reshape(-1)[:count] for x in jax.lax.map(jax.checkpoint(score), parts))
-    return Scores(log_probs.reshape(tokens.shape), top.reshape(tokens.shape))
+        log_probs, top = (x.reshape(-1, *x.shape[2:])[:count] for x in jax.lax.map(jax.checkpoint(score), parts))
+    return Scores(log_probs.reshape(tokens.shape), top.reshape(tokens.shape[:2]))
 
 
 def score(
@@ -84,7 +86,8 @@ def score_prompt(
 ) -> Scores:
     """`score` from prompt embeddings that are there already."""
     hidden = model.hidden_states(batch, prompt, train=train, remat=remat)
-    return head_log_probs(hidden, model.decoder.head_kernel(), batch.target_token, chunk=chunk)
+    tokens = batch.target_token if batch.choices is None else batch.choices
+    return head_log_probs(hidden, model.decoder.head_kernel(), tokens, chunk=chunk)
 
 
 def response_sums(

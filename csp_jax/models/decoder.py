@@ -221,35 +221,39 @@ class Decoder(nnx.Module):
 
     def extend(
         self,
-        tokens: Float[Array, "batch groups width"],
+        tokens: Float[Array, "batch groups tokens width"],
         tables: Tables,
         prompt: KeysValues,
         own: KeysValues,
-        prompt_mask: Bool[Array, "batch prompt"],
+        masks: tuple[Bool[Array, "*#some prompt"], Bool[Array, "*#some length"]],
         place: Int[Array, ""],
-    ) -> tuple[Float[Array, "batch groups width"], KeysValues]:
-        """Normed hidden states of one more token a continuation, and its keys and values at `place` of `own`.
+    ) -> tuple[Float[Array, "batch groups tokens width"], KeysValues]:
+        """Normed hidden states of one more token of every continuation, `tokens` of them in a group, and their keys and
+        values from `place` on of `own`.
 
-        `prompt` and `own` are what `prefill` gave; `tables` are those of the tokens [batch, 1 or groups, half].
+        `prompt` and `own` are what `prefill` gave, with room; `masks` say which keys of either each of the tokens sees;
+        `tables` are those of the tokens [batch, 1 or groups x tokens, half].
         """
-        length = own[0].shape[3]
-        masks = prompt_mask[:, None, None], (jnp.arange(length) <= place)[None, None, None]
+        shape = tokens.shape[:3]
+
+        def apart(x: Array) -> Array:
+            return x.reshape(*shape, *x.shape[2:])
 
         def call(layer: Layer, carry: tuple[Array, KeysValues, Array]) -> tuple[Array, KeysValues, Array]:
             hidden, own, number = carry
             normed = layer.attention_norm(hidden)
-            q = layer.attention.queries(normed, tables)[:, :, None]
+            q = layer.attention.queries(normed, tables)
             k, v = layer.attention.keys_values(normed, tables)
-            own = _put(own, (k[:, :, None], v[:, :, None]), (number, 0, 0, place))
+            own = _put(own, (apart(k), apart(v)), (number, 0, 0, place))
             of_prompt, of_own = ((k[number], v[number]) for k, v in (prompt, own))
-            out = attend_tree(q, of_prompt, of_own, *masks)[:, :, 0]
+            out = attend_tree(apart(q), of_prompt, of_own, *masks).reshape(q.shape)
             return layer.feed_forward(hidden + layer.attention.project(out)), own, number + 1
 
-        carry = (tokens, own, jnp.zeros((), jnp.int32))
+        carry = (tokens.reshape(shape[0], -1, tokens.shape[-1]), own, jnp.zeros((), jnp.int32))
         if self.layers is not None:
             carry = scan_layers(self.layers, carry, call)
         hidden, own, _ = call(self.last, carry)
-        return self.norm(hidden), own
+        return apart(self.norm(hidden)), own
 
     def _layer(self, layer: Layer, hidden: Array, layout: Layout, tables: Tables) -> tuple[Array, tuple[Array, Array]]:
         """Hidden states behind a layer, and its keys and values."""

@@ -18,7 +18,9 @@ from csp_jax.models.checkpoint_map import Tensor
 from csp_jax.models.decoder import Decoder, Tables
 from csp_jax.models.vision import CLIP_MEAN, CLIP_STD, standardize
 
-jax.tree_util.register_dataclass(Batch, data_fields=Batch.ARRAYS + Batch.POLICY, meta_fields=Batch.STATIC)
+jax.tree_util.register_dataclass(
+    Batch, data_fields=Batch.ARRAYS + Batch.EVALUATION + Batch.POLICY, meta_fields=Batch.STATIC
+)
 
 
 @struct.dataclass
@@ -166,15 +168,18 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
         next_position = jnp.take_along_axis(following, last[:, None], axis=1)[:, 0]
         return Start(positions, last, next_position, next_position)
 
+    def places(self, batch: Batch, layout: Layout) -> Places:
+        """Positions of a batch's tokens; they restart in each segment."""
+        prompt, following = self.positions(batch)
+        branch = jnp.take_along_axis(following, layout.root, axis=1) + layout.depth - 1
+        lengths = sequence_lengths(batch, layout, following, branch) if self.length_dependent else (None, None)
+        return Places(prompt, branch, *lengths)
+
     def rope_tables(
         self, batch: Batch, layout: Layout, places: Places | None = None, *, train: bool = False
     ) -> tuple[Tables, Tables]:
-        """Rotary tables of prompt and branch tokens; positions restart in each segment."""
-        if places is None:
-            prompt, following = self.positions(batch)
-            branch = jnp.take_along_axis(following, layout.root, axis=1) + layout.depth - 1
-            lengths = sequence_lengths(batch, layout, following, branch) if self.length_dependent else (None, None)
-            places = Places(prompt, branch, *lengths)
+        """Rotary tables of prompt and branch tokens."""
+        places = places or self.places(batch, layout)
         return (
             self.rope(places.prompt, places.prompt_length, train=train),
             self.rope(places.branch, places.branch_length, train=train),

@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from csp_jax.rewards.interface import Said
-from csp_jax.text import parse_confidence
-
-
-def plain(text: str) -> str:
-    """Words without case, surrounding blanks and a final period."""
-    return " ".join(text.split()).removesuffix(".").casefold()
+from csp_jax.text import parse_confidence, plain
 
 
 def exact(said: Sequence[Said]) -> list[float]:

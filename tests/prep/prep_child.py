@@ -1,11 +1,12 @@
 """Runs a preparation in a process of its own, to be killed: from outside, or by itself at a chosen moment.
 
-prep_child.py run SOURCE OUT            the run, as often as it takes
+prep_child.py run SOURCE OUT [JSON]     the run, as often as it takes, with settings
 prep_child.py each SOURCE OUT WHOLE     killed at its n-th touch of the disk, taken up again, for every n
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -89,8 +90,9 @@ def each(source: Path, out: Path, whole: Path) -> None:
 
 
 if __name__ == "__main__":
-    paths = [Path(argument) for argument in sys.argv[2:]]
-    if sys.argv[1] == "run":
-        run(*paths, batch=16, pack={"splits": {"train": 0.9, "test": 0.1}, "records_per_shard": 50})
+    what, source, out, *more = sys.argv[1:]
+    if what == "run":
+        settings = {"batch": 16, "pack": {"splits": {"train": 0.9, "test": 0.1}, "records_per_shard": 50}}
+        run(Path(source), Path(out), **(json.loads(more[0]) if more else settings))
     else:
-        each(*paths)
+        each(Path(source), Path(out), Path(more[0]))

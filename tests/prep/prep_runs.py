@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from csp_jax.records import Record, decode, read_manifest
 from data_prep.config import PrepConfig
 from data_prep.run import Prepared, prepare
 
+HERE = Path(__file__).parent
 SOURCES: dict[str, dict[str, Any]] = {
     "rlaifv": {"name": "rlaifv"},
     "pope": {"name": "pope"},
@@ -67,3 +70,17 @@ def rejects(directory: Path) -> list[dict[str, str]]:
 def tree(directory: Path) -> dict[str, bytes]:
     """Every file of a folder with its bytes."""
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    """`prep_child.py` with these arguments, in a process of its own."""
+    environment = {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(HERE / "prep_child.py"), *map(str, arguments)], env=environment)
+
+
+def lines(path: Path) -> int:
+    """Finished lines of a file; 0 when it is not there."""
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0

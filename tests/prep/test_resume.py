@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,16 +12,13 @@ from pathlib import Path
 
 import prep_samples
 import pytest
-from prep_runs import config_of, prepared, records, rejects, tree
+from prep_runs import config_of, lines, prepared, records, rejects, start, tree
 
 from csp_jax.errors import UserError
 from data_prep.ledger import LEDGER
 from data_prep.pack import WORK, split_of
 from data_prep.run import prepare
 from data_prep.verify import verify
-
-HERE = Path(__file__).parent
-CHILD = HERE / "prep_child.py"
 
 
 def many(root: Path, count: int, pictures: int) -> None:
@@ -39,18 +34,6 @@ def many(root: Path, count: int, pictures: int) -> None:
             row |= [{"question": ""}, {"image": "none.png"}, {"regions": [{"box": [0, 0, 1, 1]}]}][number % 3]
         rows.append(row)
     prep_samples.write_lines(root / "questions.jsonl", rows)
-
-
-def start(*arguments: object) -> subprocess.Popen:
-    environment = {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(CHILD), *map(str, arguments)], env=environment)
-
-
-def lines(path: Path) -> int:
-    try:
-        return path.read_bytes().count(b"\n")
-    except FileNotFoundError:
-        return 0
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,20 @@ from data_prep.sources.registry import open_source
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_same_files_give_the_same_units(source, tmp_path):
+    """Also in another process: ray's reader opens what was opened here, and its units go on to ray's workers."""
     prep_samples.BUILDERS[source](tmp_path / source)
     config = config_of(source, tmp_path / source, tmp_path / "out")
     for group in (False, True):
-        first, second = (
-            [(u.number, u.key, u.image_id, u.items, u.rejects) for u in units(open_source(config), group=group)]
-            for _ in range(2)
+        opened = open_source(config)
+        first, second, sent = (
+            [(u.number, u.key, u.image_id, u.items, u.rejects) for u in found]
+            for found in (
+                units(opened, group=group),
+                units(open_source(config), group=group),
+                pickle.loads(pickle.dumps(list(units(pickle.loads(pickle.dumps(opened)), group=group)))),
+            )
         )
+        assert sent == first
         assert first == second
         numbers = [number for number, *_ in first]
         assert numbers == list(range(len(numbers)))
