@@ -73,23 +73,31 @@ def _verdict(config: TrainConfig, target: Target, trials: list[Trial], best: Tri
         if "error" in last.found:
             return [f"Does not compile: {last.found['error']}"]
         return [
-            "Does not fit: " + shortage(row("", target, last, False)),
+            "Does not fit: " + _shortage(last, target),
             "More devices, adapters (model.lora) in place of full fine-tuning, model.param_dtype: bfloat16 or a "
             "shorter data.recipe.shape would make it smaller.",
         ]
     try:
         own = Candidate.of(config, target)
     except UserError as error:
-        return [f"Recommended: {describe(best.candidate)}", f"As configured it is not for {target}: {error.problem}"]
+        lines = [f"Recommended: {describe(best.candidate)}", f"As configured it is not for {target}: {error.problem}"]
+        first = trials[0]
+        if not first.fits:
+            lines.append(f"Nearest to it ({describe(first.candidate)}): does not fit: {_shortage(first, target)}")
+        return lines
     if best.candidate == own:
         return [f"Fits as configured, and nothing that was tried is better: {describe(own)}"]
     lines = [f"Recommended: {describe(best.candidate)}"]
     tried = next((trial for trial in trials if trial.candidate == own), None)
     if tried:
-        missing = "" if tried.fits else shortage(row("", target, tried, False))
+        missing = "" if tried.fits else _shortage(tried, target)
         why = f"does not fit: {missing}" if missing else f"fits, estimated MFU {tried.mfu:.0%}"
         lines.append(f"As configured ({describe(own)}): {why}")
     return lines
+
+
+def _shortage(trial: Trial, target: Target) -> str:
+    return shortage(row("", target, trial, False))
 
 
 def shortage(row: dict[str, Any]) -> str:

@@ -141,6 +141,16 @@ def test_less_is_kept_before_rows_are_given_up():
     assert "does not fit: a device needs 90.0 GiB of 72.9, most of it activations (80.0 GiB)" in text
 
 
+def test_what_does_not_fit_of_a_configuration_for_other_machines_is_said():
+    settings = config(**{**BASE, "batch__rows": 16, "batch__accumulation": 4, "model__remat": "weights"})
+    target = parse_target("a100-40g:1x4")
+    text = page("name", settings, target, search(settings, Path(), target, Machine(130)))
+    assert "the mesh takes 8 devices" in text
+    assert (
+        "(2 a device) x 8, remat weights): does not fit: a device needs 40.5 GiB of 36.2, most of it optimizer" in text
+    )
+
+
 def test_what_does_not_fit_at_all_is_said():
     trials = search(config(**BASE), Path(), EIGHT, Machine(8 * 100))
     assert recommend(trials) is None
