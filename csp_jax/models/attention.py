@@ -70,6 +70,14 @@ def segment_span(segment: Int[Array, "batch tokens"], backend: str) -> Span:
     return Span(jnp.where(segment > 0, first, 1), jnp.where(segment > 0, last, 0), backend)
 
 
+def whole_span(x: Float[Array, "batch tokens width"], backend: str) -> Span | None:
+    """Every token sees all of its row; None where plain attention, which needs no mask for that, computes it."""
+    if backend not in KERNELS:
+        return None
+    first = jnp.zeros(x.shape[:2], jnp.int32)
+    return Span(first, first + x.shape[1] - 1, backend)
+
+
 def segment_starts(segment: Int[Array, "batch prompt"]) -> Int[Array, "batch prompt"]:
     """Index at which each prompt token's segment begins."""
     index = jnp.broadcast_to(jnp.arange(segment.shape[1]), segment.shape)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from csp_jax.data.batch import Batch
 from csp_jax.families.interface import IMAGE_SLOT
-from csp_jax.models.attention import rope_tables
+from csp_jax.models.attention import rope_tables, whole_span
 from csp_jax.models.blocks import ACTIVATIONS, LayerNorm, Linear, Mlp, scan_layers, stack_layers
 from csp_jax.models.cells import Cells, lay_cells, shrink, smooth_weights
 from csp_jax.models.checkpoint_map import (
@@ -133,13 +133,14 @@ class InternVision(nnx.Module):
         self.layers = stack_layers(lambda keys: VisionLayer(config.layer, dtype, keys), config.vision_layers, rngs)
 
     def __call__(
-        self, pixels: Float[Array, "images side side 3"], remat: Callable | None
+        self, pixels: Float[Array, "images side side 3"], remat: Callable | None, attention: str
     ) -> Float[Array, "images patches width"]:
         """Patch features, class token dropped."""
         x = self.patch(patchify(pixels, self.patch_size))
         token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([token, x], axis=1) + self.position[...].astype(x.dtype)
-        return scan_layers(self.layers, x, lambda layer, x: layer(x), remat)[:, 1:]
+        span = whole_span(x, attention)
+        return scan_layers(self.layers, x, lambda layer, x: layer(x, span), remat)[:, 1:]
 
 
 class InternVL2(VisionLanguageModel):
@@ -176,7 +177,7 @@ class InternVL2(VisionLanguageModel):
         remat: Callable | None = None,
     ) -> Float[Array, "batch features width"]:
         def encode(cells: Float[Array, "cells side side 3"]) -> Float[Array, "cells features width"]:
-            return self.projector(self.merge_norm(merge_squares(self.vision(cells, remat))))
+            return self.projector(self.merge_norm(merge_squares(self.vision(cells, remat, self.attention))))
 
         return each_cell(encode, pixels)
 

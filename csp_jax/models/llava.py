@@ -121,7 +121,7 @@ class Llava(VisionLanguageModel):
         grid: Int[Array, "batch pictures 2"] | None = None,
         remat: Callable | None = None,
     ) -> Float[Array, "batch features width"]:
-        return each_cell(lambda cells: self.projector(self.vision(cells, remat)), pixels)
+        return each_cell(lambda cells: self.projector(self.vision(cells, remat, self.attention)), pixels)
 
     def rope(
         self, positions: Int[Array, "batch tokens"], lengths: Array | None = None, *, train: bool = False

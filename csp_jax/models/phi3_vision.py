@@ -151,7 +151,7 @@ class Phi3Vision(VisionLanguageModel):
         remat: Callable | None = None,
     ) -> Float[Array, "batch features width"]:
         """The separator of rows, the one behind the crops, then the features of all cells."""
-        features = each_cell(lambda cells: merge_squares(self.vision(cells, remat)), pixels)
+        features = each_cell(lambda cells: merge_squares(self.vision(cells, remat, self.attention)), pixels)
         ends = jnp.stack([self.row_end[...], self.crops_end[...]]).astype(features.dtype)
         ends = jnp.broadcast_to(ends, (features.shape[0], *ends.shape))
         return self.projector(jnp.concatenate([ends, features], axis=1))

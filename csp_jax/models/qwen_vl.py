@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from csp_jax.models.attention import attend, rope_tables
+from csp_jax.models.attention import attend, rope_tables, whole_span
 from csp_jax.models.blocks import LayerNorm, Linear, scan_layers, stack_layers
 from csp_jax.models.checkpoint_map import CONV, SAME, TRANSPOSE, Tensor, fused, layer_tensors, linear, norm, split_rows
 from csp_jax.models.decoder import Decoder, DecoderConfig, Tables
@@ -154,12 +154,13 @@ class QwenVision(nnx.Module):
         self.project = Linear(out, out, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, pixels: Float[Array, "images side side 3"], remat: Callable | None
+        self, pixels: Float[Array, "images side side 3"], remat: Callable | None, attention: str
     ) -> Float[Array, "images 256 out"]:
         """256 features an image."""
         x = self.patch(patchify(pixels, self.patch_size))
         x = x + resize_positions(self.position[...], round(x.shape[1] ** 0.5)).astype(x.dtype)
-        x = scan_layers(self.layers, self.pre_norm(x), lambda layer, x: layer(x), remat)
+        span = whole_span(x, attention)
+        x = scan_layers(self.layers, self.pre_norm(x), lambda layer, x: layer(x, span), remat)
         return self.project(self.post_norm(self.resampler(x)))
 
 
@@ -183,7 +184,7 @@ class QwenVL(VisionLanguageModel):
         grid: Int[Array, "batch pictures 2"] | None = None,
         remat: Callable | None = None,
     ) -> Float[Array, "batch features width"]:
-        return each_cell(lambda cells: self.vision(cells, remat), pixels)
+        return each_cell(lambda cells: self.vision(cells, remat, self.attention), pixels)
 
     def regime(self, lengths: Int[Array, "..."]) -> Float[Array, "..."]:
         """`max(2^ceil(log2(length / trained) + 1) - 1, 1)`, in whole numbers: the doublings that reach the length."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from csp_jax.models.attention import Span, attend, attend_span, rotate
+from csp_jax.models.attention import Span, attend, attend_span, rotate, whole_span
 from csp_jax.models.blocks import LayerNorm, Linear, Mlp, RMSNorm, keep, scan_layers, stack_layers
 from csp_jax.models.checkpoint_map import CONV, SAME, Tensor, layer_tensors, linear, norm
 
@@ -191,13 +191,14 @@ class ClipVision(nnx.Module):
         self.unused_norm = LayerNorm(width, epsilon=config.layer_norm_eps, dtype=dtype)
 
     def __call__(
-        self, pixels: Float[Array, "images height width 3"], remat: Callable | None = None
+        self, pixels: Float[Array, "images height width 3"], remat: Callable | None = None, attention: str = "xla"
     ) -> Float[Array, "images patches width"]:
         """Patch features of the chosen hidden state, class token dropped."""
         x = self.patch(patchify(pixels, self.config.patch_size))
         token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
         x = jnp.concatenate([token, x], axis=1) + self.position[...].astype(x.dtype)
-        x = scan_layers(self.layers, self.pre_norm(x), lambda layer, x: layer(x), remat)
+        span = whole_span(x, attention)
+        x = scan_layers(self.layers, self.pre_norm(x), lambda layer, x: layer(x, span), remat)
         return x[:, 1:]
 
 

@@ -30,6 +30,7 @@ _KERNEL = re.compile(r'op_name="[^"]*\b(interval_attention\w*)\)*/pallas_call')
 # Of the attention kernels: products of a query with a key or a value that each computes for a pair; their blocks' size.
 KERNEL_PRODUCTS = {"interval_attention": 2, "interval_attention_dq": 3, "interval_attention_dkv": 4}
 BLOCK = 64
+NUMBERED = ("parameter", "constant")  # instructions with a number in the place of operands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Instruction:
     operands: tuple[str, ...]
     attributes: str
     parameter: int = -1
+    constant: int = -1  # the value, of a single whole number that is not negative
 
     @functools.cached_property
     def arrays(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -99,6 +101,19 @@ class Program:
         name = instruction.called("calls") or instruction.called("to_apply")
         return self.computations.get(name) if name else None
 
+    def trip_count(self, instruction: Instruction) -> int:
+        """How often a loop's body runs; 1 where nobody knows. GPU compilers write it down; of TPUs' it is what the
+        condition compares the loop's counter with, which begins at 0."""
+        found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
+        if found:
+            return int(found.group(1))
+        condition = self.computations.get(instruction.called("condition") or "")
+        last = condition.instructions[-1] if condition else None
+        if condition is None or last is None or last.attribute("direction") != "LT":
+            return 1
+        limit = condition.by_name.get(last.operands[-1])
+        return limit.constant if limit and limit.constant >= 0 else 1
+
     def flops(self, instruction: Instruction, where: Computation) -> float:
         """Multiplications and additions of matrix products, one execution, inside fusions too."""
         own = product_flops(instruction, where)
@@ -142,8 +157,8 @@ def _instruction(line: str) -> Instruction:
     closing = _closing(rest, opening)
     operands, opcode = rest[opening + 1 : closing], rest[:opening]
     name = left.removeprefix("ROOT ").lstrip("%")
-    number = int(operands) if opcode == "parameter" else -1
-    return Instruction(name, kind, opcode, tuple(_NAME.findall(operands)), rest[closing + 1 :], number)
+    number, constant = (int(operands) if opcode == of and operands.isdecimal() else -1 for of in NUMBERED)
+    return Instruction(name, kind, opcode, tuple(_NAME.findall(operands)), rest[closing + 1 :], number, constant)
 
 
 def _closing(text: str, opening: int) -> int:
@@ -154,12 +169,6 @@ def _closing(text: str, opening: int) -> int:
         if depth == 0:
             return place
     raise ValueError(f"not closed: {text[opening : opening + 80]}")
-
-
-def trip_count(instruction: Instruction) -> int:
-    """How often a loop's body runs; 1 where the compiler does not know."""
-    found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
-    return int(found.group(1)) if found else 1
 
 
 def product_flops(instruction: Instruction, where: Computation) -> float:

@@ -73,33 +73,43 @@ def _verdict(config: TrainConfig, target: Target, trials: list[Trial], best: Tri
         if "error" in last.found:
             return [f"Does not compile: {last.found['error']}"]
         return [
-            "Does not fit: " + shortage(last),
+            "Does not fit: " + _shortage(last, target),
             "More devices, adapters (model.lora) in place of full fine-tuning, model.param_dtype: bfloat16 or a "
             "shorter data.recipe.shape would make it smaller.",
         ]
     try:
         own = Candidate.of(config, target)
     except UserError as error:
-        return [f"Recommended: {describe(best.candidate)}", f"As configured it is not for {target}: {error.problem}"]
+        lines = [f"Recommended: {describe(best.candidate)}", f"As configured it is not for {target}: {error.problem}"]
+        first = trials[0]
+        if not first.fits:
+            lines.append(f"Nearest to it ({describe(first.candidate)}): does not fit: {_shortage(first, target)}")
+        return lines
     if best.candidate == own:
         return [f"Fits as configured, and nothing that was tried is better: {describe(own)}"]
     lines = [f"Recommended: {describe(best.candidate)}"]
     tried = next((trial for trial in trials if trial.candidate == own), None)
     if tried:
-        why = f"fits, estimated MFU {tried.mfu:.0%}" if tried.fits else "does not fit: " + shortage(tried)
+        missing = "" if tried.fits else _shortage(tried, target)
+        why = f"does not fit: {missing}" if missing else f"fits, estimated MFU {tried.mfu:.0%}"
         lines.append(f"As configured ({describe(own)}): {why}")
     return lines
 
 
-def shortage(trial: Trial) -> str:
-    """What a trial needs that is not there, and what most of it is."""
-    if trial.peak is None:
-        return trial.found.get("error", "not compiled")
-    parts = dict(trial.found.get("bytes_a_device", {}))
-    parts["activations"] = trial.found.get("bytes_temporaries", trial.peak - sum(parts.values()))
+def _shortage(trial: Trial, target: Target) -> str:
+    return shortage(row("", target, trial, False))
+
+
+def shortage(row: dict[str, Any]) -> str:
+    """What the trial of a row needs that is not there, and what most of it is."""
+    if row["bytes_peak"] is None:
+        return row["error"] or "not compiled"
+    parts = {name: row[f"bytes_{name}"] or 0 for name in ("parameters", "optimizer")}
+    rest = row["bytes_peak"] - sum(parts.values())
+    parts["activations"] = rest if row["bytes_temporaries"] is None else row["bytes_temporaries"]
     largest = max(parts, key=lambda name: parts[name])
     return (
-        f"a device needs {trial.peak / GIB:.1f} GiB of {trial.available / GIB:.1f}, most of it {largest} "
+        f"a device needs {row['bytes_peak'] / GIB:.1f} GiB of {row['bytes_available'] / GIB:.1f}, most of it {largest} "
         f"({parts[largest] / GIB:.1f} GiB)"
     )
 
@@ -152,11 +162,26 @@ def markdown(found: list[dict[str, Any]]) -> str:
     for row in found:
         if not row["recommended"]:
             continue
-        mesh = " x ".join(str(size) for size in row["mesh"].values())
-        batch = f"{row['batch']['rows']} x {row['batch']['accumulation']}"
         memory = f"{row['bytes_peak'] / GIB:.1f} of {row['bytes_available'] / GIB:.1f}"
         sent = f"{sum(row['collectives'].values()) / GIB:.1f}"
         work, mfu = f"{row['flops_useful'] / 1e12:,.0f}", f"{row['estimated_mfu']:.0%}"
-        how = (row["remat"], row["attention"])
-        lines.append(f"| {' | '.join((row['config'], row['target'], mesh, batch, *how, memory, sent, work, mfu))} |")
+        lines.append(f"| {' | '.join((*_described(row), memory, sent, work, mfu))} |")
     return "\n".join(lines) + "\n"
+
+
+def markdown_of_misfits(found: list[dict[str, Any]]) -> str:
+    """What was tried and does not fit or compile, and why, as a table."""
+    head = "| configuration | target | mesh | rows x accumulation | remat | attention | why not |"
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
+    for row in found:
+        if row["fits"]:
+            continue
+        lines.append(f"| {' | '.join((*_described(row), shortage(row)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _described(row: dict[str, Any]) -> tuple[str, ...]:
+    """The first cells of a row of a table: what was planned, and how."""
+    mesh = " x ".join(str(size) for size in row["mesh"].values())
+    batch = f"{row['batch']['rows']} x {row['batch']['accumulation']}"
+    return row["config"], row["target"], mesh, batch, row["remat"], row["attention"]

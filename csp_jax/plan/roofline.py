@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 
-from csp_jax.plan.hlo import Computation, Instruction, Program, array_bytes, kernel_name, replica_groups, trip_count
+from csp_jax.plan.hlo import Computation, Instruction, Program, array_bytes, kernel_name, replica_groups
 from csp_jax.plan.targets import Target
 
 PRODUCTS, TRAFFIC, WIRES = 0.80, 0.85, 0.80  # of the published peaks
@@ -160,7 +160,7 @@ class Schedule:
         cost = Cost()
         if instruction.opcode == "while":
             body = self.program.computations[instruction.called("body") or ""]
-            cost.add(self.play(body), trip_count(instruction))
+            cost.add(self.play(body), self.program.trip_count(instruction))
         elif instruction.opcode in ("call", "async-start", "conditional"):
             inside = self.program.inner(instruction)
             if inside is not None:

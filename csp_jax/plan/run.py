@@ -84,7 +84,7 @@ def make_plans(
     done: Callable[[Plan], None] = lambda plan: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Plan]:
-    """Every configuration on every target; what was best for a model on a card is where its next search begins.
+    """Every configuration on every target; what was best for a model on a card is tried in its next search.
 
     `only`: the configurations as they are, nothing else is tried. `before`: rows of earlier plans, whose best counts,
     too. `done` is told of every plan as it is made.
@@ -100,14 +100,12 @@ def make_plans(
         with Compiler(target, packages) as compiler:
             for file, config in jobs:
                 key = (folders[file], target.card.name, target.per_host)
-                start = None if only else _scaled(known.get(key), config, target)
                 found = search(
                     config,
                     folders[file],
                     target,
                     compiler.measure,
-                    start=start,
-                    climb=start is None and not only,
+                    known=_scaled(known.get(key), config, target),
                     only=only,
                     say=functools.partial(say_of, file.stem, say),
                 )
@@ -166,11 +164,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def save_rows(file: Path, plans: Sequence[Plan]) -> None:
-    """The rows of all plans as JSON; rows of other configurations and targets that the file holds stay."""
+    """The rows of all plans as JSON, by card, devices and configuration; rows of others that the file holds stay."""
     rows = read_rows(file)
     made = {(plan.name, str(plan.target)) for plan in plans}
     rows = [row for row in rows if (row["config"], row["target"]) not in made]
     rows += [row for plan in plans for row in plan.rows()]
+    rows.sort(key=lambda row: (row["target"].partition(":")[0], row["devices"], row["config"]))
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".partial")
     temporary.write_text(json.dumps(rows, indent=1) + "\n")

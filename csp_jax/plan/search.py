@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,10 @@ from csp_jax.plan.targets import Target
 # What keeps fewer activations.
 STRONGER = {"none": "weights", "dots": "weights", "weights": "save_names", "save_names": "full"}
 MOST_ROWS = 8  # a device: beyond that matrix products gain nothing
+# Of weights in a TPU slice. Of 64 parts of a matrix none is as wide as a tile: the compiler then sums whole matrices,
+# padded with zeros, over all devices, where it otherwise gathers and scatters parts.
+PARTS = 16
+FEW_ROWS = 4  # a device: to have fewer costs more than to recompute
 WORTH = 1.02  # by how much more rows have to raise the estimated MFU
 
 
@@ -111,14 +116,18 @@ class Measure(Protocol):
     def __call__(self, config: TrainConfig, folder: Path) -> dict[str, Any]: ...
 
 
-def start_on(config: TrainConfig, target: Target) -> Candidate:
-    """Where the search begins when the configuration's mesh is not the target's: weights split within a host (as far
-    as that leaves a row for each device), rows over hosts, and the configuration's rows a device."""
+def own_candidate(config: TrainConfig, target: Target) -> Candidate | None:
+    """The configuration as it is; None where its mesh is not one of the target."""
     try:
         return Candidate.of(config, target)
     except UserError:
-        pass
-    fsdp = target.per_host if target.card.platform == "cuda" else target.devices
+        return None
+
+
+def on_target(config: TrainConfig, target: Target) -> Candidate:
+    """A configuration that is not for the target: weights split within a host (of a TPU slice over up to `PARTS`),
+    rows over the rest, and the configuration's rows a device."""
+    fsdp = target.per_host if target.card.platform == "cuda" else math.gcd(target.devices, PARTS)
     data = target.devices // fsdp
     rows_a_device = max(config.batch.rows // (config.parallel.fsdp * max(config.parallel.data, 1)), 1)
     update = config.batch.rows * config.batch.accumulation
@@ -126,8 +135,17 @@ def start_on(config: TrainConfig, target: Target) -> Candidate:
     return first.with_rows(rows_a_device * first.split, update)
 
 
-def less_memory(candidate: Candidate, update: int) -> Iterator[Candidate]:
+def with_kernel(candidate: Candidate, target: Target) -> Candidate:
+    """The same with the attention kernel, where there is one that can be planned."""
+    kernel = candidate.attention == "xla" and target.card.platform == "cuda"
+    return dataclasses.replace(candidate, attention="pallas") if kernel else candidate
+
+
+def less_memory(candidate: Candidate, update: int, target: Target) -> Iterator[Candidate]:
     """What to try where a candidate does not fit, the cheapest change first."""
+    yield with_kernel(candidate, target)
+    if candidate.rows_a_device > FEW_ROWS:
+        yield candidate.with_rows(candidate.rows // 2, update)
     if candidate.remat in STRONGER:
         yield dataclasses.replace(candidate, remat=STRONGER[candidate.remat])
     if candidate.rows_a_device > 1:
@@ -145,46 +163,52 @@ def search(
     target: Target,
     measure: Measure,
     *,
-    start: Candidate | None = None,
-    climb: bool = True,
+    known: Candidate | None = None,
     only: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Trial]:
-    """Everything that was tried, in order; `only`: the start alone.
+    """Everything that was tried, in order; `only`: the first alone. `known`: what was best for the model elsewhere.
 
-    Down until something fits, then (`climb`) up in rows while that fits and is worth it, and the best of these with the
-    attention kernel where there is one. An update keeps its size where the devices allow it.
+    First the configuration as it is, where its mesh is one of the target, and `known`: what is first also with the
+    attention kernel, where there is one. Down from there until something fits, then the best with the kernel, and up in
+    rows while that fits and is worth it. An update keeps its size on as many devices as the configuration is for; on
+    more it may grow.
     """
     update = config.batch.rows * config.batch.accumulation
     trials: list[Trial] = []
 
     def attempt(candidate: Candidate) -> Trial:
-        say(f"{target}: {describe(candidate)}")
-        trial = Trial(candidate, measure(candidate.apply(config), folder), target.card.available)
-        trials.append(trial)
-        return trial
+        tried = next((trial for trial in trials if trial.candidate == candidate), None)
+        if tried is None:
+            say(f"{target}: {describe(candidate)}")
+            tried = Trial(candidate, measure(candidate.apply(config), folder), target.card.available)
+            trials.append(tried)
+        return tried
 
-    trial = attempt(start or start_on(config, target))
+    own = own_candidate(config, target)
+    if own and known:
+        known = known.with_rows(min(known.rows, update), update)
+    trial = attempt(own or (None if only else known) or on_target(config, target))
     if only:
         return trials
-    while not trial.fits:
-        following = next((c for c in less_memory(trial.candidate, update) if _untried(c, trials)), None)
-        if following is None:
+    if known:
+        attempt(with_kernel(trial.candidate, target))
+        trial = attempt(known)
+    while recommend(trials) is None:
+        following = next((c for c in less_memory(trial.candidate, update, target) if _untried(c, trials)), None)
+        if following is None or "error" in trial.found:  # of which memory is none
             return trials
         trial = attempt(following)
-    while climb and trial.fits:
-        following = trial.candidate.with_rows(trial.candidate.rows * 2, update)
-        grown = (trial.peak or 0) + trial.found.get("bytes_temporaries", 0)
-        if following.rows_a_device > MOST_ROWS or grown > target.card.available or not _untried(following, trials):
+    best = fastest(trials)
+    best = fastest([best, attempt(with_kernel(best.candidate, target))])
+    while best.candidate.rows_a_device < MOST_ROWS:
+        following = best.candidate.with_rows(best.candidate.rows * 2, update)
+        grown = (best.peak or 0) + best.found.get("bytes_temporaries", 0)
+        if grown > target.card.available or (own and following.update > update):
             break
-        before, trial = trial.mfu, attempt(following)
-        if trial.mfu < WORTH * before:
+        before, best = best, fastest([best, attempt(following)])
+        if best.mfu < WORTH * before.mfu:
             break
-    best = recommend(trials)
-    if climb and best and target.card.platform == "cuda":
-        kernel = dataclasses.replace(best.candidate, attention="pallas")
-        if _untried(kernel, trials):
-            attempt(kernel)
     return trials
 
 
@@ -195,6 +219,13 @@ def _untried(candidate: Candidate, trials: list[Trial]) -> bool:
 def recommend(trials: list[Trial]) -> Trial | None:
     """The fastest that fits."""
     return max((trial for trial in trials if trial.fits), key=lambda trial: trial.mfu, default=None)
+
+
+def fastest(trials: list[Trial]) -> Trial:
+    """`recommend` where something fits."""
+    best = recommend(trials)
+    assert best is not None
+    return best
 
 
 def describe(candidate: Candidate) -> str:

@@ -45,3 +45,31 @@ def test_pictures_of_a_row_as_densely_attended():
     other = features(pixels.at[0, 7].add(1.0), "pallas_interpret")[1]  # of the second picture
     np.testing.assert_array_equal(other[0, :6], kernel[0, :6])
     assert np.abs(other[0, 6] - kernel[0, 6]).max() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "kernel"),
+    [(family, "pallas_interpret") for family in ("llava", "internvl2", "phi3_vision", "qwen_vl")]
+    + [("llava", "splash_interpret")],
+)
+def test_cells_as_densely_attended(family, kernel):
+    """Towers that see each cell apart: no patch beyond a cell's own, none of the kernel's padding."""
+    generator = np.random.default_rng(0)
+    models = {how: family_model(family) for how in ("xla", kernel, "pallas")}
+    for how, model in models.items():
+        model.attention = how
+    grid = jnp.array([[[1, 2]], [[2, 1]]])
+    pixels = jnp.asarray(generator.normal(size=(2, 3, CELL[family], CELL[family], 3)), jnp.float32)
+
+    def features(pixels: jax.Array, how: str) -> tuple[jax.Array, jax.Array]:
+        found = models[how].encode_images(pixels, grid)
+        return jnp.sum(jnp.square(found)), found
+
+    (_, dense), dense_gradient = jax.value_and_grad(features, has_aux=True)(pixels, "xla")
+    (_, sparse), sparse_gradient = jax.value_and_grad(features, has_aux=True)(pixels, kernel)
+    np.testing.assert_allclose(sparse, dense, atol=2e-5 * float(jnp.abs(dense).max()))
+    largest = float(jnp.abs(dense_gradient).max())
+    assert largest > 0
+    np.testing.assert_allclose(sparse_gradient, dense_gradient, atol=2e-5 * largest)
+    assert "pallas_call" in str(jax.make_jaxpr(lambda pixels: features(pixels, "pallas")[1])(pixels))

@@ -37,7 +37,7 @@ def main() -> None:
         return out.astype(jnp.float32).sum() + lse.sum()
 
     found = {}
-    for channels in (64, 96, 128):
+    for channels in (64, 80, 96, 104, 128):
         q, k = array(1, QUERIES, 4, channels), array(1, KEYS, 2, channels)
         ends = array(1, QUERIES, dtype=jnp.int32)
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, ends, ends).compile()
