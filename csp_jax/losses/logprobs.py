@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int
 from csp_jax.data.batch import Batch
 from csp_jax.models.interface import VisionLanguageModel
 
+HEAD_CHUNK = 1024  # slots whose logits exist at a time
+
 
 @struct.dataclass
 class Scores:
@@ -32,7 +34,7 @@ def head_log_probs(
     kernel: Float[Array, "width vocab"],
     tokens: Int[Array, "batch targets *choices"],
     *,
-    chunk: int = 1024,
+    chunk: int = HEAD_CHUNK,
 ) -> Scores:
     """Log-softmax of the head at the given tokens, in float32; logits exist for `chunk` slots at a time."""
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -65,7 +67,7 @@ def score(
     dtype: jnp.dtype = jnp.float32,
     train: bool = False,
     remat: Callable | None = None,
-    chunk: int = 1024,
+    chunk: int = HEAD_CHUNK,
 ) -> Scores:
     """The one model call: log-probabilities of all targets of a batch (one prompt and its branches).
 
@@ -82,7 +84,7 @@ def score_prompt(
     *,
     train: bool = False,
     remat: Callable | None = None,
-    chunk: int = 1024,
+    chunk: int = HEAD_CHUNK,
 ) -> Scores:
     """`score` from prompt embeddings that are there already."""
     hidden = model.hidden_states(batch, prompt, train=train, remat=remat)

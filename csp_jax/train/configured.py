@@ -108,6 +108,7 @@ def configured_step(
         seed=config.seed,
         dtype=jnp.dtype(config.model.dtype),
         remat=remat if mapped else layer_wrapper(mesh, remat),
+        head_chunk=config.model.head_chunk,
         grounding=config.loss.grounding,
         axis=PMAP_AXIS if mapped else None,
     )

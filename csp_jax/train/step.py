@@ -15,7 +15,7 @@ from jaxtyping import Array
 from csp_jax.data.batch import UNUSED, Batch
 from csp_jax.losses.grounding import grounding_counts, grounding_sums
 from csp_jax.losses.interface import Loss, Terms
-from csp_jax.losses.logprobs import score_prompt
+from csp_jax.losses.logprobs import HEAD_CHUNK, score_prompt
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.lora import dropout_key, start_dropout
 from csp_jax.perturb import Schedule, perturb
@@ -82,6 +82,7 @@ def make_step(
     seed: int,
     dtype: jnp.dtype = jnp.float32,
     remat: Callable | None = None,
+    head_chunk: int = HEAD_CHUNK,
     grounding: float = 0.0,
     axis: str | None = None,
 ) -> Step:
@@ -105,7 +106,8 @@ def make_step(
         prompt = model.embed_prompt(batch, pixels, dtype=dtype, remat=remat)
         sums: Terms = {}
         if loss.coefficients:
-            sums |= loss.sums(score_prompt(model, batch, prompt, train=True, remat=remat).log_probs, batch)
+            scores = score_prompt(model, batch, prompt, train=True, remat=remat, chunk=head_chunk)
+            sums |= loss.sums(scores.log_probs, batch)
         if grounding:
             sums |= grounding_sums(prompt, model.decoder.embed.embedding[...], batch)
         total = sum(weight * sums[name] / counts[name] for name, weight in coefficients.items() if weight != 0.0)

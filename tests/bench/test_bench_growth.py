@@ -47,3 +47,14 @@ def test_no_logits_of_what_is_not_scored(ground, tmp_path):
     held = [vocabulary_row(few, ground / "checkpoint", tmp_path, int(n))["temporary_bytes"] for n in words]
     slope = np.diff(held)[0] / np.diff(words)[0]
     assert 4 * rows * samples * tokens <= slope < 4 * rows * PROMPT
+
+
+@pytest.mark.slow
+def test_small_chunks_of_the_head_keep_memory_flat_in_the_vocabulary(ground, tmp_path):
+    slopes = []
+    for chunk in (1024, 8):
+        few = config(ground, "grpo", "rollout.samples=8", "batch.rows=16", f"model.head_chunk={chunk}")
+        held = [vocabulary_row(few, ground / "checkpoint", tmp_path, n)["temporary_bytes"] for n in (1000, 9000)]
+        slopes.append((held[1] - held[0]) / 8000)
+    assert slopes[1] < 4 * 8 * 4  # bytes a word: of a chunk's eight slots, a few times
+    assert slopes[0] > 2 * slopes[1]
