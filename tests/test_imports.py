@@ -21,7 +21,7 @@ ORDER = (
     ("data", "perturb", "sharding", "models"),
     ("losses",),
     ("train",),
-    ("rollout", "rewards", "calibration"),
+    ("readers", "rollout", "rewards", "calibration"),
     ("policy",),
     ("evaluate", "scenes", "report", "plan", "results", "parity", "sample"),
     ("ask", "bench", "demo"),
