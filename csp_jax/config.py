@@ -47,7 +47,7 @@ class ModelConfig(Section):
     remat: Literal["none", "full", "dots", "weights", "save_names"] = "none"
     # pallas: our kernel, for NVIDIA GPUs from the A100 on; cudnn: its library's, a prompt a row; splash: for TPUs.
     attention: Literal["xla", "pallas", "cudnn", "splash"] = "xla"
-    head_chunk: AtLeastOne = 1024  # scored tokens, of all rows together, whose logits exist at a time
+    head_chunk: AtLeastOne = 1024  # scored tokens of a device whose logits exist at a time, about
     lora: LoraConfig | None = None  # train an adapter and nothing else
 
     @pydantic.model_validator(mode="after")

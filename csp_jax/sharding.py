@@ -124,9 +124,14 @@ def layer_wrapper(mesh: Mesh, remat: Wrapper | None) -> Wrapper:
     return wrap
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Parts into which the rows of a batch are cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def rows_over_hosts(rows: int, mesh: Mesh) -> int:
     """This host's share of a global batch of rows; an uneven one is an error."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     if rows % shards or rows % jax.process_count():
         raise UserError(
             f"rows must divide by data x fsdp = {shards} and by {jax.process_count()} hosts",

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from csp_jax.data.batch import Batch
 from csp_jax.models.interface import VisionLanguageModel
 
-HEAD_CHUNK = 1024  # slots whose logits exist at a time
+HEAD_CHUNK = 1024  # slots whose logits exist at a time, of all rows together
 
 
 @struct.dataclass
@@ -36,27 +36,31 @@ def head_log_probs(
     *,
     chunk: int = HEAD_CHUNK,
 ) -> Scores:
-    """Log-softmax of the head at the given tokens, in float32; logits exist for `chunk` slots at a time."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    count = flat.shape[0]
-    wanted = tokens.reshape(count, -1)
+    """Log-softmax of the head at the given tokens, in float32; logits exist for about `chunk` slots at a time: for as
+    many of every row, so that rows stay on their devices."""
+    rows, count = tokens.shape[:2]
+    wanted = tokens.reshape(rows, count, -1)
+    parts = -(-count // max(chunk // rows, 1))
 
     def score(part: tuple[Array, Array]) -> tuple[Array, Array]:
         states, targets = part
         logits = head_logits(states, kernel)
-        picked = jnp.take_along_axis(logits, targets, axis=1)
+        picked = jnp.take_along_axis(logits, targets, axis=-1)
         return picked - jax.nn.logsumexp(logits, axis=-1, keepdims=True), jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    if count <= chunk:
-        log_probs, top = score((flat, wanted))
+    def apart(x: Array) -> Array:
+        """[rows, targets, ...] -> [parts, rows, some targets, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, -count % parts), (0, 0)))
+        return jnp.moveaxis(x.reshape(rows, parts, -1, x.shape[-1]), 1, 0)
+
+    def together(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :count]
+
+    if parts <= 1:
+        log_probs, top = score((hidden, wanted))
     else:
-        padding = -count % chunk
-        parts = (
-            jnp.pad(flat, ((0, padding), (0, 0))).reshape(-1, chunk, flat.shape[1]),
-            jnp.pad(wanted, ((0, padding), (0, 0))).reshape(-1, chunk, wanted.shape[1]),
-        )
-        log_probs, top = (x.reshape(-1, *x.shape[2:])[:count] for x in jax.lax.map(jax.checkpoint(score), parts))
-    return Scores(log_probs.reshape(tokens.shape), top.reshape(tokens.shape[:2]))
+        log_probs, top = map(together, jax.lax.map(jax.checkpoint(score), (apart(hidden), apart(wanted))))
+    return Scores(log_probs.reshape(tokens.shape), top)
 
 
 def score(

@@ -22,7 +22,7 @@ from csp_jax.losses.simpo import SimpoLoss
 from csp_jax.models.blocks import KEPT
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.perturb import Schedule
-from csp_jax.sharding import PMAP_AXIS, layer_wrapper
+from csp_jax.sharding import PMAP_AXIS, layer_wrapper, row_shards
 from csp_jax.train.state import decay_mask
 from csp_jax.train.step import Step, make_step
 
@@ -108,7 +108,7 @@ def configured_step(
         seed=config.seed,
         dtype=jnp.dtype(config.model.dtype),
         remat=remat if mapped else layer_wrapper(mesh, remat),
-        head_chunk=config.model.head_chunk,
+        head_chunk=config.model.head_chunk * (1 if mapped else row_shards(mesh)),
         grounding=config.loss.grounding,
         axis=PMAP_AXIS if mapped else None,
     )
