@@ -34,7 +34,6 @@ from csp_jax.errors import UserError
 from csp_jax.families.interface import HostFamily
 from csp_jax.losses.logprobs import score
 from csp_jax.models.interface import VisionLanguageModel
-from csp_jax.perturb import to_canvas
 from csp_jax.records import Item, Record
 from csp_jax.rollout import Sampling, continue_batch, end_token
 from csp_jax.scenes import SceneTrees, scene_trees, shape_of
@@ -114,8 +113,7 @@ def _score(
     graphdef: nnx.GraphDef[VisionLanguageModel], state: nnx.State, batch: Batch, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
     model = nnx.merge(graphdef, state)
-    pixels = None if batch.canvas is None else model.pixels(batch, to_canvas(batch.canvas))
-    scores = score(model, batch, pixels, dtype=dtype)
+    scores = score(model, batch, model.clean_pixels(batch), dtype=dtype)
     return scores.log_probs, scores.top_token
 
 

@@ -32,7 +32,6 @@ from csp_jax.families.registry import open_family
 from csp_jax.losses.grpo import SPREAD, group_advantages
 from csp_jax.losses.logprobs import score
 from csp_jax.models.lora import adapter_off, has_adapter
-from csp_jax.perturb import to_canvas
 from csp_jax.rewards import REWARDS
 from csp_jax.rewards.interface import Said, weighted
 from csp_jax.rollout import Samples, Sampling, end_token, make_sampler
@@ -64,8 +63,7 @@ def reference_log_probs(
 ) -> Float[Array, "batch targets"]:
     """Log-probabilities of a batch's targets under the base: the model of `states` without its adapter, if any."""
     model = adapter_off(nnx.merge(graphdef, *states))
-    pixels = None if batch.canvas is None else model.pixels(batch, to_canvas(batch.canvas))
-    return score(model, batch, pixels, dtype=dtype, train=True).log_probs
+    return score(model, batch, model.clean_pixels(batch), dtype=dtype, train=True).log_probs
 
 
 def sample_seed(seed: int, step: int, turn: int, item: str, number: int) -> int:

@@ -116,6 +116,12 @@ class TargetReader:
         self.places = model.places(batch, self.layout)
         self.texts, self.length = batch.target_parent.shape[1] // batch.groups, batch.tokens.shape[1] // batch.groups
         self.room = room
+        # The same for every token that is said, so outside the loop.
+        self._following = self._at_targets(jnp.concatenate([model.positions(batch)[1], self.places.branch + 1], axis=1))
+        self._lengths = self._lengths_at_targets()
+        first, last = self._at_targets(self.layout.first), self._at_targets(self.layout.last)
+        self._visible = split_groups(interval_mask(first, last, self.layout.size), batch.groups)
+        self._ancestors = target_ancestors(self.layout, batch.target_parent)
 
     def begin(self) -> tuple[Array, Memory]:
         batch, model = self.batch, self.model
@@ -126,11 +132,10 @@ class TargetReader:
         return hidden, (of_prompt, jax.tree.map(lambda memory: jnp.pad(memory, more), own))
 
     def one_more(self, memory: Memory, tokens: Array, number: Array, done: Array) -> tuple[Array, Memory]:
-        place, model, groups = number - 1, self.model, self.batch.groups
+        place, model = number - 1, self.model
         token = jax.lax.dynamic_index_in_dim(tokens, place, axis=2, keepdims=False)
-        new = split_groups(_embed(self, token), groups)
-        following = jnp.concatenate([model.positions(self.batch)[1], self.places.branch + 1], axis=1)
-        tables = model.rope(self._at_targets(following) + place, self._lengths())
+        new = split_groups(_embed(self, token), self.batch.groups)
+        tables = model.rope(self._following + place, self._lengths)
         at = self.length + place * self.texts
         hidden, own = model.decoder.extend(new, tables, *memory, self._masks(place), at)
         return hidden.reshape(*token.shape, -1), (memory[0], own)
@@ -138,7 +143,7 @@ class TargetReader:
     def _at_targets(self, values: Int[Array, "batch tokens"]) -> Int[Array, "batch targets"]:
         return jnp.take_along_axis(values, self.batch.target_parent, axis=1)
 
-    def _lengths(self) -> Array | None:
+    def _lengths_at_targets(self) -> Array | None:
         of_prompt, of_branch = self.places.prompt_length, self.places.branch_length
         if of_prompt is None or of_branch is None:
             return None
@@ -146,13 +151,10 @@ class TargetReader:
 
     def _masks(self, place: Array) -> tuple[Array, Array]:
         """Prompt keys up to where the tree hangs; ancestors in the tree, and what the text itself has said."""
-        layout, parent = self.layout, self.batch.target_parent
-        visible = interval_mask(self._at_targets(layout.first), self._at_targets(layout.last), layout.size)
-        ancestors = target_ancestors(layout, parent)
         slot, text = jnp.arange(self.texts * self.room), jnp.arange(self.texts)
         said = (slot // self.texts <= place) & (slot % self.texts == text[:, None])
-        said = jnp.broadcast_to(said, (*ancestors.shape[:3], slot.size))
-        return split_groups(visible, layout.groups), jnp.concatenate([ancestors, said], axis=-1)
+        said = jnp.broadcast_to(said, (*self._ancestors.shape[:3], slot.size))
+        return self._visible, jnp.concatenate([self._ancestors, said], axis=-1)
 
 
 def _embed(reader: PromptReader | TargetReader, tokens: Int[Array, "batch tokens"]) -> Float[Array, "..."]:

@@ -23,7 +23,6 @@ from csp_jax.errors import UserError
 from csp_jax.families.interface import HostFamily
 from csp_jax.losses.logprobs import head_logits
 from csp_jax.models.interface import Start, VisionLanguageModel
-from csp_jax.perturb import to_canvas
 from csp_jax.readers import Memory, PromptReader, Reader, TargetReader
 
 
@@ -244,8 +243,8 @@ def sample_batch(
 ) -> Samples:
     """Pictures, prompt and samples in one program; models of one structure and batches of one shape share it."""
     model = nnx.merge(graphdef, *(state if isinstance(state, tuple) else (state,)))
-    pixels = None if batch.canvas is None else model.pixels(batch, to_canvas(batch.canvas))
-    return generate(model, batch, model.embed_prompt(batch, pixels, dtype=dtype), seeds, sampling)
+    prompt = model.embed_prompt(batch, model.clean_pixels(batch), dtype=dtype)
+    return generate(model, batch, prompt, seeds, sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "dtype"))
@@ -254,8 +253,7 @@ def continue_batch(
 ) -> Samples:
     """`continue_targets` from pictures on, in one program; every target's seed is 0."""
     model = nnx.merge(graphdef, state)
-    pixels = None if batch.canvas is None else model.pixels(batch, to_canvas(batch.canvas))
-    prompt = model.embed_prompt(batch, pixels, dtype=dtype)
+    prompt = model.embed_prompt(batch, model.clean_pixels(batch), dtype=dtype)
     return continue_targets(model, batch, prompt, jnp.zeros(batch.target_parent.shape, jnp.uint32), sampling)
 
 

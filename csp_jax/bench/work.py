@@ -23,7 +23,6 @@ from csp_jax.data.batch import UNUSED, Batch
 from csp_jax.losses.logprobs import score
 from csp_jax.models.decoder import DecoderConfig
 from csp_jax.models.interface import VisionLanguageModel
-from csp_jax.perturb import to_canvas
 from csp_jax.rollout import Sampling, continue_batch, sample_batch
 from csp_jax.train.flops import product_flops, traced_flops
 from csp_jax.train.loop import Run
@@ -129,15 +128,21 @@ def step_flops(run: Run, window: Batch) -> float:
     return whole - hidden_flops(text, window, backward=True)
 
 
+def _countable(model: VisionLanguageModel) -> tuple[nnx.GraphDef[VisionLanguageModel], nnx.State]:
+    """A model's structure with plain attention, for products within a kernel cannot be counted, and its state."""
+    graphdef, state = nnx.split(model)
+    alike = nnx.merge(graphdef, jax.eval_shape(lambda x: x, state))
+    alike.attention = "xla"
+    return nnx.graphdef(alike), state
+
+
 def forward_flops(model: VisionLanguageModel, batches: Sequence[Batch], dtype: jnp.dtype) -> float:
     """Useful FLOPs of scoring batches of one shape."""
-    graphdef, state = nnx.split(model)
+    graphdef, state = _countable(model)
 
     def scores(state: nnx.State, batch: Batch) -> Any:
         model = nnx.merge(graphdef, state)
-        model.attention = "xla"  # products within a kernel cannot be counted
-        pixels = None if batch.canvas is None else model.pixels(batch, to_canvas(batch.canvas))
-        return score(model, batch, pixels, dtype=dtype)
+        return score(model, batch, model.clean_pixels(batch), dtype=dtype)
 
     one = product_flops(jax.make_jaxpr(scores)(state, batches[0]).jaxpr)
     return sum(one - hidden_flops(model.decoder.config, batch, backward=False) for batch in batches)
@@ -145,10 +150,8 @@ def forward_flops(model: VisionLanguageModel, batches: Sequence[Batch], dtype: j
 
 def texts_flops(model: VisionLanguageModel, batches: Sequence[Batch], sampling: Sampling, dtype: jnp.dtype) -> float:
     """Useful FLOPs of continuing every target of batches of one shape by all tokens that may be said."""
-    graphdef, state = nnx.split(model)
-    alike = nnx.merge(graphdef, jax.eval_shape(lambda x: x, state))
-    alike.attention = "xla"  # products within a kernel cannot be counted
-    traced = jax.make_jaxpr(functools.partial(continue_batch, nnx.graphdef(alike), sampling, dtype))(state, batches[0])
+    graphdef, state = _countable(model)
+    traced = jax.make_jaxpr(functools.partial(continue_batch, graphdef, sampling, dtype))(state, batches[0])
     one = product_flops(traced.jaxpr, loops=sampling.max_tokens - 1)
     return sum(one - hidden_flops(model.decoder.config, batch, backward=False) for batch in batches)
 

@@ -162,6 +162,12 @@ def question_trees(asker: Asker, item: Item, shared: int, shots: Shots = ()) -> 
     return QuestionTrees(tuple(tree.tree for tree in trees), direct, confidence)
 
 
+def _confidences(texts: Sequence[str]) -> Float[np.ndarray, " texts"]:
+    """The confidence that each text states, nan where it states none."""
+    values = [parse_confidence(text) for text in texts]
+    return np.array([np.nan if value is None else value for value in values])
+
+
 def read_question(
     question: QuestionTrees,
     log_probs: Float[np.ndarray, "trees targets choices"],
@@ -171,13 +177,12 @@ def read_question(
     choices = [tree.choices for tree in question.trees]
     said = [choice.greedy(*own) for choice, *own in zip(question.confidence, choices, top)]
     texts = ["" if number is None else choice.texts[number] for number, choice in zip(said, question.confidence)]
-    values = [parse_confidence(text) for text in texts]
     direct = question.direct.greedy(choices[0], top[0])
     return Reading(
         expected=expected_confidence(
             np.exp([choice.log_probs(own) for choice, own in zip(question.confidence, log_probs)])
         ),
-        greedy=np.array([np.nan if value is None else value for value in values]),
+        greedy=_confidences(texts),
         direct=-1 if direct is None else direct,
         direct_log_probs=question.direct.log_probs(log_probs[0]),
     )
@@ -217,7 +222,7 @@ def question_texts(asker: Asker, item: Item, shared: int, shots: Shots = ()) -> 
 def read_texts(question: QuestionTexts, texts: Sequence[str]) -> Reading:
     """What a model said to the questions of a tree, the ordinary one first; answers are candidates but for case, blanks
     and a final period."""
-    said = np.array([np.nan if (value := parse_confidence(text)) is None else value for text in texts[1:]])
+    said = _confidences(texts[1:])
     answers = [plain(candidate) for candidate in question.candidates]
     direct = answers.index(plain(texts[0])) if plain(texts[0]) in answers else -1
     return Reading(said, said, direct, np.full(len(answers), np.nan))

@@ -48,12 +48,9 @@ def evaluate_command(
     with hosts.ending_together(lambda: "the others' answers"):
         folder, source = checkpoint_folder(model), ShardSource(shards, split)
         examples = example_shots(ShardSource(shards, shots_split), shots) if shots else ()
-        family, texts, mesh = (
-            open_family(folder),
-            read_prompts(prompts),
-            make_mesh(ParallelConfig(), jax.local_devices()),
-        )
-        scenes = open_scenes(family, texts, source, limit=limit, shots=examples, ask=PROTOCOLS[protocol])
+        family, mesh = open_family(folder), make_mesh(ParallelConfig(), jax.local_devices())
+        asked = read_prompts(prompts)
+        scenes = open_scenes(family, asked, source, limit=limit, shots=examples, ask=PROTOCOLS[protocol])
         answers = evaluate(open_asking(load_model(folder, adapter=adapter), family, scenes, mesh), scenes, rows=rows)
     if not hosts.is_first():
         return

@@ -17,6 +17,7 @@ from csp_jax.models.attention import Layout, segment_starts, tree_layout
 from csp_jax.models.checkpoint_map import Tensor
 from csp_jax.models.decoder import Decoder, Tables
 from csp_jax.models.vision import CLIP_MEAN, CLIP_STD, standardize
+from csp_jax.perturb import to_canvas
 
 jax.tree_util.register_dataclass(
     Batch, data_fields=Batch.ARRAYS + Batch.EVALUATION + Batch.POLICY, meta_fields=Batch.STATIC
@@ -89,6 +90,10 @@ class VisionLanguageModel(nnx.Module, abc.ABC):
     ) -> Float[Array, "batch cells height width 3"]:
         """Pixel values of every view from a batch's canvas in [-1, 1], clean or noised."""
         return self.normalize(canvas)
+
+    def clean_pixels(self, batch: Batch) -> Float[Array, "batch cells height width 3"] | None:
+        """Pixel values of a batch's pictures as they are, without noise; None where it has none."""
+        return None if batch.canvas is None else self.pixels(batch, to_canvas(batch.canvas))
 
     @abc.abstractmethod
     def encode_images(
