@@ -37,7 +37,7 @@ from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.records import Item, Record
 from csp_jax.rollout import Sampling, continue_batch, end_token
 from csp_jax.scenes import SceneTrees, scene_trees, shape_of
-from csp_jax.sharding import put_batch
+from csp_jax.sharding import gather_bytes, put_batch
 from csp_jax.text import Prompts
 
 PATIENCE = 16  # batches that a compilation has to serve
@@ -212,11 +212,7 @@ def gathered(answers: Answers | None) -> Answers:
     own = io.BytesIO()
     if answers is not None:
         answers.write(own)
-    sizes = multihost_utils.process_allgather(np.array(own.tell())).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: own.tell()] = np.frombuffer(own.getvalue(), np.uint8)
-    files = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
-    parts = [Answers.load(io.BytesIO(row[:size].tobytes())) for row, size in zip(files, sizes) if size]
+    parts = [Answers.load(io.BytesIO(part)) for part in gather_bytes(own.getvalue()) if part]
     return Answers.joined(parts)
 
 

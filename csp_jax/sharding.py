@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -146,6 +147,24 @@ def put_batch(batch: Any, mesh: Mesh, leading: int = 1) -> Any:
     """Host arrays (this host's rows) -> global device arrays."""
     sharding = batch_sharding(mesh, leading)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def own_rows(tree: Any, rows: int) -> Any:
+    """Global device arrays -> host arrays of this host's rows, so many: what `put_batch` is undone by."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    start = jax.process_index() * rows
+    whole = multihost_utils.process_allgather(tree, tiled=True)
+    return jax.tree.map(lambda array: array[start : start + rows], whole)
+
+
+def gather_bytes(own: bytes) -> list[bytes]:
+    """What every process gives, in their order, on each of them."""
+    sizes = np.atleast_1d(multihost_utils.process_allgather(np.array(len(own))))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(own)] = np.frombuffer(own, np.uint8)
+    given = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
+    return [row[:size].tobytes() for row, size in zip(given, sizes, strict=True)]
 
 
 def compile_step(step: Callable[[Any, Any], tuple[Any, Any]], mesh: Mesh, state_sharding: Any) -> jax.stages.Wrapped:

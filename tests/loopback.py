@@ -1,4 +1,4 @@
-"""Commands in several processes on this machine, a device each, that find each other over loopback."""
+"""Commands and trainings in several processes on this machine, a device each, that find each other over loopback."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 CSP = "from csp_jax.cli import main; main()"
 
@@ -38,3 +40,39 @@ def csp_on_hosts(count: int, *arguments: object) -> list[str]:
             process.kill()
     assert [process.returncode for process in running] == [0] * count, [errors[-2000:] for _, errors in said]
     return [printed for printed, _ in said]
+
+
+class Pod:
+    """Processes of one run, started as `python SCRIPT CONFIG.yaml`; compiled programs are kept beside the run."""
+
+    def __init__(self, script: Path, config: Path, out: Path, count: int):
+        self.script, self.config, self.out, self.count, port = script, config, out, count, free_port()
+        self.logs = [out.with_suffix(f".{number}.log") for number in range(count)]
+        self.processes = []
+        for number, log in enumerate(self.logs):
+            own = {"CSP_COORDINATOR": f"127.0.0.1:{port}", "CSP_PROCESSES": str(count), "CSP_PROCESS": str(number)}
+            self.processes.append(self._start(log, own if count > 1 else {}))
+
+    def _start(self, log: Path, own: dict[str, str]) -> subprocess.Popen[bytes]:
+        flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+        environment = {**os.environ, "XLA_FLAGS": " ".join(flags), "OMP_NUM_THREADS": "1", **own}
+        environment |= {"JAX_COMPILATION_CACHE_DIR": str(self.out.parent / "compiled"), "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, str(self.script), str(self.config)]
+        with log.open("a") as stream:
+            return subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+
+    def wait(self) -> list[int]:
+        return [process.wait(timeout=600) for process in self.processes]
+
+    def finish(self) -> Path:
+        assert self.wait() == [0] * self.count, self.said()
+        return self.out
+
+    def said(self) -> str:
+        return "\n".join(log.read_text()[-2000:] for log in self.logs)
+
+    def wait_for_step(self, step: int) -> None:
+        metrics = self.out / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+            assert all(process.poll() is None for process in self.processes), self.said()
+            time.sleep(0.02)

@@ -116,6 +116,27 @@ def training_batches(records: int, *, batch_size: int, host_count: int, repeat: 
     return None if repeat is None else records * repeat // (batch_size * host_count)
 
 
+def record_stream(
+    source: ShardSource,
+    *,
+    seed: int,
+    shuffle: bool = True,
+    repeat: int | None = None,
+    transform: Callable[[Record, np.random.Generator], Any] | None = None,
+) -> Any:
+    """What a training draws, by position, as a Grain map data set: `transform(record, rng)`.
+
+    A fresh shuffle every epoch (from `seed`), `repeat` epochs (None: without end).
+    """
+    import grain
+
+    stream: Any = grain.MapDataset.source(source).seed(seed)
+    if shuffle:
+        stream = stream.shuffle()
+    stream = stream.repeat(repeat)
+    return stream if transform is None else stream.map_with_index(_Transform(transform, seed))
+
+
 def record_dataset(
     source: ShardSource,
     *,
@@ -131,10 +152,10 @@ def record_dataset(
     read_threads: int = 2,
     buffered_batches: int = 4,
 ) -> grain.IterDataset[Any]:
-    """This host's training batches: `collate([transform(record, rng), ...])` of `batch_size` records each.
+    """This host's training batches: `collate([...])` of `batch_size` positions of `record_stream` each.
 
-    A fresh shuffle every epoch (from `seed`), `repeat` epochs (None: without end), `num_workers` processes
-    (0: threads only). `transform` and `collate` must be picklable; `transform` must not return None.
+    Of a host, item i of all its batches together is position i x host_count + host_index of the stream. `num_workers`
+    processes (0: threads only). `transform` and `collate` must be picklable; `transform` must not return None.
     Every record comes exactly once an epoch over all hosts; with a finite `repeat` the last records that do
     not fill a batch on every host are left out and logged. The same batches come out for any `num_workers`;
     the batches number s of all hosts hold the same records for any `host_count` with the same global batch.
@@ -149,12 +170,7 @@ def record_dataset(
     _check_hosts(host_index, host_count, batch_size)
     if repeat is not None and repeat < 1:
         raise UserError("use at least 1 epoch, or none for no end", field="repeat", value=repeat)
-    stream: Any = grain.MapDataset.source(source).seed(seed)
-    if shuffle:
-        stream = stream.shuffle()
-    stream = stream.repeat(repeat)
-    if transform is not None:
-        stream = stream.map_with_index(_Transform(transform, seed))
+    stream = record_stream(source, seed=seed, shuffle=shuffle, repeat=repeat, transform=transform)
     batches = training_batches(len(source), batch_size=batch_size, host_count=host_count, repeat=repeat)
     if batches is not None:
         used = batches * batch_size * host_count

@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 from csp_jax.config import TrainConfig, read_yaml
 from csp_jax.data.batch import Batch, Shape
 from csp_jax.data.recipes import RECIPES
-from csp_jax.data.recipes.base import Drawn, Objective
-from csp_jax.data.shards import ShardSource, record_dataset
+from csp_jax.data.recipes.base import Drawn, Objective, Recipe
+from csp_jax.data.shards import ShardSource, record_dataset, record_stream
 from csp_jax.errors import Interrupted, UserError
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.interface import VisionLanguageModel
@@ -144,15 +144,19 @@ class Run:
             return new_model(HubConfig.read(self.source_folder), self.config.seed, dtype)
         return merge_adapter(load_model(self.source_folder, dtype=dtype, mesh=self.mesh))
 
+    @functools.cached_property
+    def recipe(self) -> Recipe:
+        """What makes samples of records."""
+        config = self.config
+        objective: Objective = "simpo" if config.loss.name == "simpo" else "sft"
+        make = RECIPES[config.data.recipe.name]
+        return make(config.data.recipe, str(self.source_folder), read_prompts(config.prompts), objective)
+
     def dataset(self, collate: Callable[[list[Drawn]], Any] | None = None) -> Any:
         """The run's windows as a Grain data set, or what else `collate` makes of what an update draws."""
         config = self.config
-        objective: Objective = "simpo" if config.loss.name == "simpo" else "sft"
-        recipe = RECIPES[config.data.recipe.name](
-            config.data.recipe, str(self.source_folder), read_prompts(config.prompts), objective
-        )
         if collate is None:
-            shape = batch_shape(config, self.rows, recipe.family.cell)
+            shape = batch_shape(config, self.rows, self.recipe.family.cell)
             collate = Collate(shape, config.batch.accumulation, self.samples, whole=jax.process_count() > 1)
         return record_dataset(
             self.source,
@@ -161,9 +165,13 @@ class Run:
             host_index=jax.process_index(),
             host_count=jax.process_count(),
             num_workers=config.data.workers,
-            transform=recipe,
+            transform=self.recipe,
             collate=collate,
         )
+
+    def drawn(self, position: int) -> Drawn:
+        """What stands at a position of the run's data, whichever host and update draws it."""
+        return record_stream(self.source, seed=self.config.seed, transform=self.recipe)[position]
 
     def step_function(self) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
         """The compiled training step."""

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from loopback import free_port
+from loopback import Pod
 from safetensors.numpy import load_file
 from test_loop import make_ground, rows, values
 
@@ -24,44 +20,10 @@ INTERRUPTED = 9  # what train_child.py leaves with
 HEARTBEAT = 10
 
 
-class Pod:
-    """Processes of one run, a device each, joined over loopback."""
-
-    def __init__(self, ground: Path, out: Path, count: int, **changes: Any):
-        self.out, self.count, port = out, count, free_port()
-        file = out.with_suffix(".yaml")
-        file.write_text(yaml.safe_dump(settings(ground, out, **changes)))
-        self.logs = [out.with_suffix(f".{number}.log") for number in range(count)]
-        self.processes = []
-        for number, log in enumerate(self.logs):
-            own = {"CSP_COORDINATOR": f"127.0.0.1:{port}", "CSP_PROCESSES": str(count), "CSP_PROCESS": str(number)}
-            self.processes.append(self._start(ground, file, log, own if count > 1 else {}))
-
-    @staticmethod
-    def _start(ground: Path, file: Path, log: Path, own: dict[str, str]) -> subprocess.Popen[bytes]:
-        flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-        environment = {**os.environ, "XLA_FLAGS": " ".join(flags), "OMP_NUM_THREADS": "1", **own}
-        environment |= {"JAX_COMPILATION_CACHE_DIR": str(ground / "compiled"), "JAX_PLATFORMS": "cpu"}
-        script = Path(__file__).parent / "train_child.py"
-        with log.open("a") as stream:
-            return subprocess.Popen(
-                [sys.executable, str(script), str(file)], env=environment, stdout=stream, stderr=subprocess.STDOUT
-            )
-
-    def wait(self) -> list[int]:
-        return [process.wait(timeout=600) for process in self.processes]
-
-    def finish(self) -> Path:
-        assert self.wait() == [0] * self.count, self.said()
-        return self.out
-
-    def said(self) -> str:
-        return "\n".join(log.read_text()[-2000:] for log in self.logs)
-
-    def wait_for_step(self, step: int) -> None:
-        while len(rows(self.out)) < step:
-            assert all(process.poll() is None for process in self.processes), self.said()
-            time.sleep(0.02)
+def start(ground: Path, out: Path, count: int, **changes: Any) -> Pod:
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(settings(ground, out, **changes)))
+    return Pod(Path(__file__).parent / "train_child.py", file, out, count)
 
 
 def settings(ground: Path, out: Path, **changes: Any) -> dict[str, Any]:
@@ -94,13 +56,13 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(ground: Path) -> Path:
     """The run on one device."""
-    return Pod(ground, ground / "alone", 1).finish()
+    return start(ground, ground / "alone", 1).finish()
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(ground, alone):
     """Data-parallel over the processes, checkpoints in between."""
-    out = Pod(ground, ground / "two", 2).finish()
+    out = start(ground, ground / "two", 2).finish()
     assert_same(out, alone)
     assert samples(out) == samples(out / "hosts" / "1") == samples(alone)  # of all processes, whoever says it
     assert {"2", "4"} & {folder.name for folder in (out / "checkpoints").iterdir()}
@@ -114,14 +76,14 @@ def test_two_processes_are_one(ground, alone):
 )
 def test_processes_are_one(ground, alone, count, parallel):
     out = ground / "-".join(map(str, [count, *parallel.values()]))
-    assert_same(Pod(ground, out, count, parallel=parallel).finish(), alone)
+    assert_same(start(ground, out, count, parallel=parallel).finish(), alone)
 
 
 @pytest.mark.heavy
 def test_a_lost_process_ends_the_others_and_comes_back(ground, alone):
     """One of four is killed: the others end with a message; started again, all end where the undisturbed run did."""
     out = ground / "lost"
-    pod = Pod(ground, out, 4, parallel={"data": 2, "fsdp": 2})
+    pod = start(ground, out, 4, parallel={"data": 2, "fsdp": 2})
     pod.wait_for_step(3)
     pod.processes[2].kill()
     ends = pod.wait()
@@ -131,7 +93,7 @@ def test_a_lost_process_ends_the_others_and_comes_back(ground, alone):
     assert LOST in others
     assert "lost another one while waiting for" in pod.said()
     assert not (out / "model").exists()
-    assert_same(Pod(ground, out, 4, parallel={"data": 2, "fsdp": 2}).finish(), alone)
+    assert_same(start(ground, out, 4, parallel={"data": 2, "fsdp": 2}).finish(), alone)
 
 
 @pytest.mark.heavy
@@ -140,14 +102,14 @@ def test_one_told_to_stop_stops_all(ground, alone):
     alone, on a mesh of another size, goes on from there."""
     out = ground / "told"
     run = {"out": str(out), "steps": 40, "progress": False, "heartbeat_seconds": HEARTBEAT}
-    pod = Pod(ground, out, 2, run=run)
+    pod = start(ground, out, 2, run=run)
     pod.wait_for_step(2)
     pod.processes[1].terminate()
     assert pod.wait() == [INTERRUPTED, INTERRUPTED], pod.said()
     reached = rows(out)[-1]["step"]
     assert f"stopped after step {reached} of 40" in pod.said()
     assert str(reached) in {folder.name for folder in (out / "checkpoints").iterdir()}
-    again = Pod(ground, out, 1, run=run).finish()
+    again = start(ground, out, 1, run=run).finish()
     assert [row["step"] for row in rows(again)] == list(range(1, 41))
     undisturbed = ground / "undisturbed"
-    assert_same(again, Pod(ground, undisturbed, 1, run={**run, "out": str(undisturbed)}).finish())
+    assert_same(again, start(ground, undisturbed, 1, run={**run, "out": str(undisturbed)}).finish())
