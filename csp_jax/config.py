@@ -142,6 +142,7 @@ class RolloutConfig(Section):
     """What a policy samples for an update; see `policy` and `rollout.Sampling`."""
 
     samples: Annotated[int, pydantic.Field(ge=2)] = 8  # of a prompt
+    rows: Count = 0  # prompts that are sampled at once, over all devices; 0: as many as an update has
     max_tokens: AtLeastOne = 64
     temperature: Positive = 1.0
     top_p: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0

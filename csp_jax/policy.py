@@ -39,7 +39,7 @@ from csp_jax.models.lora import adapter_off, has_adapter
 from csp_jax.rewards import REWARDS
 from csp_jax.rewards.interface import Said, weighted
 from csp_jax.rollout import Samples, Sampling, end_token, make_sampler
-from csp_jax.sharding import gather_bytes, own_rows, put_batch
+from csp_jax.sharding import gather_bytes, own_rows, put_batch, rows_over_hosts
 from csp_jax.train.loop import Batches, Run, batch_shape, from_data
 from csp_jax.train.window import Window, stack_batches
 
@@ -75,6 +75,16 @@ def sample_seed(seed: int, step: int, turn: int, item: str, number: int) -> int:
     return zlib.crc32(json.dumps([seed, step, turn, item, number]).encode())
 
 
+def question_shape(config: TrainConfig, rows: int, cell: tuple[int, int]) -> Shape:
+    """Rows of a question each, without answers: what the sampler is given."""
+    return dataclasses.replace(batch_shape(config, rows, cell), groups=0, length=0, targets=0, responses=0)
+
+
+def sampling_for(rollout: RolloutConfig, end: int) -> Sampling:
+    """How the policy is sampled up to its end mark."""
+    return Sampling(rollout.max_tokens, rollout.temperature, rollout.top_k, rollout.top_p, (end,))
+
+
 def batches_for(config: TrainConfig) -> Batches:
     """What makes the windows of a configured training (`train`'s `batches`)."""
     return Rollouts if config.loss.name == "grpo" else from_data
@@ -106,14 +116,14 @@ class Rollouts(Iterator[Window]):
         self.end = end_token(self.family)
         self.dtype = jnp.dtype(run.config.model.dtype)
         self.hosts, self.wanted = jax.process_count(), run.rows * run.config.batch.accumulation
+        self.rows = rows_over_hosts(self.rollout.rows or self.wanted * self.hosts, run.mesh, "rollout.rows")
         self._questions = iter(run.dataset(list))
         self._draws = 0
         self._drawn: dict[Place, Drawn] = {}  # what this host drew in a rollout
         self._groups: list[Group] = []
         self._used = self.rollout.updates
         self._window: Window | None = None
-        how = self.rollout
-        self.sampling = Sampling(how.max_tokens, how.temperature, how.top_k, how.top_p, (self.end,))
+        self.sampling = sampling_for(self.rollout, self.end)
         self._sampler = make_sampler(run.graphdef, self.sampling, dtype=self.dtype)
         # The first step gives its buffers up: a policy that trains whole needs a copy of where it began.
         whole = run.config.loss.kl_beta > 0 and not has_adapter(run.state.trainable)
@@ -175,7 +185,7 @@ class Rollouts(Iterator[Window]):
         places = [(self._draws, row * self.hosts + jax.process_index()) for row in range(len(drawn))]
         self._drawn.update(zip(places, drawn))
         asked = [(place, item) for place, item in zip(places, drawn) if isinstance(item, Asked)]
-        rows, waiting = self.run.rows, []
+        rows, waiting = self.rows, []
         # All hosts run the sampler as often as the one with the most questions.
         most = int(multihost_utils.process_allgather(np.array(len(asked))).max())
         for start in range(0, most, rows):
@@ -189,8 +199,8 @@ class Rollouts(Iterator[Window]):
 
     def _sample(self, step: int, turn: int, asked: Sequence[Asked]) -> Samples:
         """The samples of up to `rows` questions of each host, on their way."""
-        packer = Packer(self._shape(0))
-        seeds = np.zeros((self.run.rows, self.rollout.samples), np.uint32)
+        packer = Packer(question_shape(self.config, self.rows, self.family.cell))
+        seeds = np.zeros((self.rows, self.rollout.samples), np.uint32)
         for row, one in enumerate(asked):
             packer.add(one.sample, share_rows=False)
             numbers = range(self.rollout.samples)
@@ -227,10 +237,8 @@ class Rollouts(Iterator[Window]):
     # --- the window ---------------------------------------------------------------------------------------------------
 
     def _shape(self, said: int) -> Shape:
-        """Rows of questions alone, or with answers of up to so many tokens."""
+        """Rows of questions with answers of up to so many tokens."""
         shape = batch_shape(self.config, self.run.rows, self.family.cell)
-        if not said:
-            return dataclasses.replace(shape, groups=0, length=0, targets=0, responses=0)
         said = min(bucket(said), self.rollout.max_tokens)
         return dataclasses.replace(shape, length=max(said - 1, 1), targets=said)
 

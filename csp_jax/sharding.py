@@ -130,13 +130,13 @@ def row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def rows_over_hosts(rows: int, mesh: Mesh) -> int:
+def rows_over_hosts(rows: int, mesh: Mesh, field: str = "batch.rows") -> int:
     """This host's share of a global batch of rows; an uneven one is an error."""
     shards = row_shards(mesh)
     if rows % shards or rows % jax.process_count():
         raise UserError(
             f"rows must divide by data x fsdp = {shards} and by {jax.process_count()} hosts",
-            field="batch.rows",
+            field=field,
             value=rows,
             mend=f"Use a multiple of {np.lcm(shards, jax.process_count())}",
         )

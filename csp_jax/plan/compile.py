@@ -60,11 +60,9 @@ def devices(target: Target) -> list[Any]:
 
 
 def measure(request: dict[str, Any], target: Target, found: list[Any]) -> dict[str, Any]:
-    """Compile one candidate; everything that is read from what came out."""
+    """Compile one candidate, of GRPO its sampler too; everything that is read from what came out."""
     from csp_jax.config import TrainConfig
-    from csp_jax.plan.hlo import parse
     from csp_jax.plan.program import step_program
-    from csp_jax.plan.roofline import Schedule
     from csp_jax.sharding import make_mesh
 
     config = TrainConfig.model_validate(request["config"])
@@ -76,21 +74,43 @@ def measure(request: dict[str, Any], target: Target, found: list[Any]) -> dict[s
         "bytes_a_device": program.bytes_a_device(),
         "flops_useful": flops,
     }
+    step = compiled_cost(program.lower(), target)
+    answer |= step
+    if "seconds" in step:
+        answer |= {
+            "flops_executed": step["flops_executed"] * target.devices,
+            "mfu": flops / (step["seconds"] * target.devices * target.card.flops),
+        }
+    if config.loss.name == "grpo":
+        sampler = compiled_cost(program.lower_sampler(), target, config.rollout.max_tokens - 1)
+        answer["bytes_peak"] = max(step["bytes_peak"], sampler["bytes_peak"])
+        times = -(-config.batch.rows * config.batch.accumulation // program.sampled_rows())
+        seconds = sampler["seconds"] * times if "seconds" in sampler else None
+        answer["sampling"] = {"bytes_peak": sampler["bytes_peak"], "seconds": seconds}
+    return answer
+
+
+def compiled_cost(lowered: Any, target: Target, unknown_trips: int = 1) -> dict[str, Any]:
+    """What a program needs of a device and how long it takes there; of one that has no room, what it needs alone.
+
+    `unknown_trips`: how often loops run that nobody knows of (`hlo.Program`).
+    """
+    from csp_jax.plan.hlo import parse
+    from csp_jax.plan.roofline import Schedule
+
     start = time.perf_counter()
-    lowered = program.lower()
     try:
         compiled = lowered.compile(GPU_OPTIONS if target.card.platform == "cuda" else None)
     except Exception as error:
         needed = _needed_bytes(str(error))
         if needed is None:
             raise
-        return {**answer, "bytes_peak": needed, "compile_seconds": time.perf_counter() - start}
+        return {"bytes_peak": needed, "compile_seconds": time.perf_counter() - start}
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
-    cost = Schedule(parse(text), target).step()
+    cost = Schedule(parse(text, unknown_trips), target).step()
     return {
-        **answer,
         "compile_seconds": time.perf_counter() - start,
         "bytes_arguments": memory.argument_size_in_bytes,
         "bytes_temporaries": memory.temp_size_in_bytes,
@@ -100,8 +120,7 @@ def measure(request: dict[str, Any], target: Target, found: list[Any]) -> dict[s
         "seconds_products": cost.products,
         "seconds_traffic": cost.traffic,
         "seconds_wires": cost.wires,
-        "flops_executed": cost.flops * target.devices,
-        "mfu": flops / (cost.seconds * target.devices * target.card.flops),
+        "flops_executed": cost.flops,
     }
 
 

@@ -95,6 +95,7 @@ class Program:
 
     computations: Mapping[str, Computation]
     entry: Computation
+    unknown_trips: int = 1  # of a loop that ends when something is found, which nobody knows before
 
     def inner(self, instruction: Instruction) -> Computation | None:
         """What a fusion or a call runs."""
@@ -102,17 +103,19 @@ class Program:
         return self.computations.get(name) if name else None
 
     def trip_count(self, instruction: Instruction) -> int:
-        """How often a loop's body runs; 1 where nobody knows. GPU compilers write it down; of TPUs' it is what the
-        condition compares the loop's counter with, which begins at 0."""
+        """How often a loop's body runs; `unknown_trips` where nobody knows.
+
+        GPU compilers write it down; of TPUs' it is what the condition compares the loop's counter with, from 0 on.
+        """
         found = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
         if found:
             return int(found.group(1))
         condition = self.computations.get(instruction.called("condition") or "")
         last = condition.instructions[-1] if condition else None
         if condition is None or last is None or last.attribute("direction") != "LT":
-            return 1
+            return self.unknown_trips
         limit = condition.by_name.get(last.operands[-1])
-        return limit.constant if limit and limit.constant >= 0 else 1
+        return limit.constant if limit and limit.constant >= 0 else self.unknown_trips
 
     def flops(self, instruction: Instruction, where: Computation) -> float:
         """Multiplications and additions of matrix products, one execution, inside fusions too."""
@@ -132,7 +135,7 @@ class Program:
                 yield from self.collectives(part)
 
 
-def parse(text: str) -> Program:
+def parse(text: str, unknown_trips: int = 1) -> Program:
     """The text of a compiled module (`Compiled.as_text()`)."""
     computations: dict[str, Computation] = {}
     entry, name, lines = "", "", list[Instruction]()
@@ -146,7 +149,7 @@ def parse(text: str) -> Program:
             name = ""
         elif name and " = " in line:
             lines.append(_instruction(line))
-    return Program(computations, computations[entry])
+    return Program(computations, computations[entry], unknown_trips)
 
 
 def _instruction(line: str) -> Instruction:

@@ -40,6 +40,7 @@ def row(name: str, target: Target, trial: Trial, recommended: bool) -> dict[str,
         "estimated_mfu": found.get("mfu"),
         "compile_seconds": found.get("compile_seconds"),
         "error": found.get("error"),
+        **({"sampling": found["sampling"]} if "sampling" in found else {}),
     }
 
 
@@ -56,7 +57,7 @@ def page(name: str, config: TrainConfig, target: Target, trials: list[Trial]) ->
     lines = [f"{name} on {target} ({target.devices} devices)", ""]
     lines += _verdict(config, target, trials, best)
     if "error" not in shown.found:
-        lines += ["", *_memory(shown, target), "", *_work(shown, target)]
+        lines += ["", *_memory(shown, target), "", *_work(shown, target), *_sampling(config, shown)]
     lines += ["", "Tried:"]
     for trial in trials:
         mark = "error" if "error" in trial.found else ("fits" if trial.fits else "too large")
@@ -150,6 +151,16 @@ def _work(trial: Trial, target: Target) -> list[str]:
         f"{found['seconds_traffic']:.2f} s, collectives {found['seconds_wires']:.2f} s",
         f"Compiled in {found['compile_seconds']:.0f} s for {target.card.name}",
     ]
+
+
+def _sampling(config: TrainConfig, trial: Trial) -> list[str]:
+    """Of GRPO: what comes before an update."""
+    found, how = trial.found.get("sampling"), config.rollout
+    if not found:
+        return []
+    asked = f"{trial.candidate.update} questions, {how.samples} samples of {how.max_tokens} tokens"
+    seconds = f"at most {found['seconds']:.1f} s, " if found["seconds"] else ""
+    return [f"Sampling a round ({asked}): {seconds}peak {found['bytes_peak'] / GIB:.2f} GiB"]
 
 
 def markdown(found: list[dict[str, Any]]) -> str:

@@ -9,16 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from csp_jax.config import TrainConfig
-from csp_jax.data.batch import Batch, empty_batch, with_policy
+from csp_jax.data.batch import Batch, Shape, empty_batch, with_policy
 from csp_jax.families.registry import open_family
 from csp_jax.models.hub import HubConfig
 from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.registry import abstract_model
+from csp_jax.policy import question_shape, sampling_for
+from csp_jax.rollout import sample_batch
 from csp_jax.sharding import batch_sharding, compile_step, state_shardings
 from csp_jax.train.configured import configured_step, make_optimizer
 from csp_jax.train.flops import update_flops
@@ -41,6 +42,22 @@ class StepProgram:
         """The step, traced and partitioned, ready to be compiled."""
         step = configured_step(self.config, self.graphdef, self.optimizer(), self.mesh)
         return compile_step(step, self.mesh, self.shardings).lower(self.state, self.window)
+
+    def lower_sampler(self) -> jax.stages.Lowered:
+        """The sampler of a GRPO run on a batch of questions; with which token an answer ends does not matter here."""
+        config, rows = self.config, batch_sharding(self.mesh, leading=0)
+        values, places = ((state.trainable, state.frozen) for state in (self.state, self.shardings))
+        state = jax.tree.map(_placed, values, places)
+        count, cell = self.sampled_rows(), self.window.canvas.shape[-3:-1]
+        batch = _abstract_batch(question_shape(config, count, cell), ())
+        seeds = jax.ShapeDtypeStruct((count, config.rollout.samples), jnp.uint32, sharding=rows)
+        batch = jax.tree.map(lambda leaf: _placed(leaf, rows), batch)
+        dtype = jnp.dtype(config.model.dtype)
+        return sample_batch.lower(self.graphdef, sampling_for(config.rollout, 0), dtype, state, batch, seeds)
+
+    def sampled_rows(self) -> int:
+        """Prompts that are sampled at once."""
+        return self.config.rollout.rows or self.config.batch.rows * self.config.batch.accumulation
 
     def optimizer(self) -> Any:
         return make_optimizer(self.config.optimizer, max(self.config.run.steps, 100))
@@ -87,17 +104,18 @@ def step_program(config: TrainConfig, folder: Path, mesh: Mesh) -> StepProgram:
     state = nnx.eval_shape(lambda model: new_state(model, optimizer, config.model.freeze), model)
     shape = batch_shape(config, config.batch.rows, open_family(folder, words=False).cell)
 
-    def window(array: np.ndarray) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((config.batch.accumulation, *array.shape), array.dtype)
+    window = _abstract_batch(shape, (config.batch.accumulation,), policy=config.loss.name == "grpo")
+    return StepProgram(config, mesh, graphdef, state, state_shardings(mesh, state), window)
 
+
+def _abstract_batch(shape: Shape, leading: tuple[int, ...], *, policy: bool = False) -> Batch:
+    """The shapes of a batch, `leading` axes first; with `policy` those of sampled responses too."""
     one_row = empty_batch(dataclasses.replace(shape, rows=1))
-    one_row = with_policy(one_row) if config.loss.name == "grpo" else one_row
-    whole = jax.tree.map(lambda array: np.broadcast_to(array, (shape.rows, *array.shape[1:])), one_row)
-    return StepProgram(
-        config,
-        mesh,
-        graphdef,
-        state,
-        state_shardings(mesh, state),
-        jax.tree.map(window, whole),
+    one_row = with_policy(one_row) if policy else one_row
+    return jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct((*leading, shape.rows, *array.shape[1:]), array.dtype), one_row
     )
+
+
+def _placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
