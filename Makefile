@@ -44,8 +44,7 @@ MANY = --target a100-80g:1x8 --target a100-80g:8x8 --target a100-80g:32x8 --targ
 
 plans: $(VENV)/.installed $(PLAN)/.installed  ## plan every shipped training for 8, 64 and 256 A100s, and for a TPU slice (two hours or three)
 	$(PLANS) configs/csp/*.yaml $(MANY) --write configs/csp/scaled
-	$(PLANS) configs/difficulty/llava-7b-sft.yaml $(MANY) --write configs/difficulty/scaled
-	$(PLANS) configs/difficulty/llava-7b-grpo.yaml --target a100-80g:1x8 --write configs/difficulty/scaled
+	$(PLANS) configs/difficulty/*.yaml $(MANY) --write configs/difficulty/scaled
 
 check: $(VENV)/.installed-dev  ## lint and types alone
 	$(BIN)/ruff check .

@@ -102,7 +102,7 @@ def compiled_cost(lowered: Any, target: Target, unknown_trips: int = 1) -> dict[
     try:
         compiled = lowered.compile(GPU_OPTIONS if target.card.platform == "cuda" else None)
     except Exception as error:
-        needed = _needed_bytes(str(error))
+        needed = needed_bytes(str(error))
         if needed is None:
             raise
         return {"bytes_peak": needed, "compile_seconds": time.perf_counter() - start}
@@ -124,10 +124,14 @@ def compiled_cost(lowered: Any, target: Target, unknown_trips: int = 1) -> dict[
     }
 
 
-def _needed_bytes(message: str) -> int | None:
-    """What a TPU compiler says is needed when it is more than there is; None: the error is another one."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
-    return int(float(found.group(1)) * 1024 ** ("KMG".index(found.group(2)) + 1)) if found else None
+def needed_bytes(message: str) -> int | None:
+    """What a TPU compiler says is needed (of temporaries alone, if they are too large already) when it is more than
+    there is; None: the error is another one."""
+    found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm|temporaries \(([\d.]+)([KMG])\) exceeds", message)
+    if found is None:
+        return None
+    number, unit = (part for part in found.groups() if part is not None)
+    return int(float(number) * 1024 ** ("KMG".index(unit) + 1))
 
 
 def main() -> None:

@@ -43,17 +43,20 @@ class StepProgram:
         step = configured_step(self.config, self.graphdef, self.optimizer(), self.mesh)
         return compile_step(step, self.mesh, self.shardings).lower(self.state, self.window)
 
-    def lower_sampler(self) -> jax.stages.Lowered:
-        """The sampler of a GRPO run on a batch of questions; with which token an answer ends does not matter here."""
+    def sampler_arguments(self) -> tuple[Any, Batch, jax.ShapeDtypeStruct]:
+        """What `policy.Rollouts` gives its sampler: parameters, questions, seeds."""
         config, rows = self.config, batch_sharding(self.mesh, leading=0)
         values, places = ((state.trainable, state.frozen) for state in (self.state, self.shardings))
-        state = jax.tree.map(_placed, values, places)
         count, cell = self.sampled_rows(), self.window.canvas.shape[-3:-1]
         batch = _abstract_batch(question_shape(config, count, cell), ())
-        seeds = jax.ShapeDtypeStruct((count, config.rollout.samples), jnp.uint32, sharding=rows)
         batch = jax.tree.map(lambda leaf: _placed(leaf, rows), batch)
-        dtype = jnp.dtype(config.model.dtype)
-        return sample_batch.lower(self.graphdef, sampling_for(config.rollout, 0), dtype, state, batch, seeds)
+        seeds = jax.ShapeDtypeStruct((count, config.rollout.samples), jnp.uint32, sharding=rows)
+        return jax.tree.map(_placed, values, places), batch, seeds
+
+    def lower_sampler(self) -> jax.stages.Lowered:
+        """The sampler of a GRPO run; which token ends an answer does not matter here."""
+        dtype, sampling = jnp.dtype(self.config.model.dtype), sampling_for(self.config.rollout, 0)
+        return sample_batch.lower(self.graphdef, sampling, dtype, *self.sampler_arguments())
 
     def sampled_rows(self) -> int:
         """Prompts that are sampled at once."""

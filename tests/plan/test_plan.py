@@ -10,16 +10,19 @@ from pathlib import Path
 
 import jax
 import pytest
+from flax import nnx
 
 from csp_jax.config import TrainConfig, load_config
 from csp_jax.errors import UserError
 from csp_jax.families.registry import open_family
 from csp_jax.models.registry import family_of
-from csp_jax.plan.compile import measure
+from csp_jax.plan.compile import compiled_cost, measure, needed_bytes
 from csp_jax.plan.compilers import Compiler, require_compiler
+from csp_jax.plan.program import step_program
 from csp_jax.plan.run import make_plans, model_folder
 from csp_jax.plan.search import Candidate
 from csp_jax.plan.targets import parse_target
+from csp_jax.sharding import make_mesh
 from csp_jax.world import BASE
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +62,40 @@ def test_a_step_on_devices_that_are_here():
     gathered = found["collectives"]["all-gather"]
     assert gathered >= 4 * found["parameters"] * 2 * 0.9  # every weight, for each micro-batch
     assert 0 < found["mfu"] < 1
+
+
+@pytest.mark.slow
+def test_a_policys_plan_holds_its_sampler():
+    """Its time grows by as much with every token, its memory by the keys and values of all layers at least."""
+    settings = ["batch.rows=8", "parallel.fsdp=8", "loss.name=grpo", "data.recipe.name=questions", "noise.name=none"]
+    target, found, work = parse_target("a100-80g:1x8"), {}, {}
+    for tokens in (33, 65, 129):
+        config = load_config(TrainConfig, None, [*settings, f"rollout.max_tokens={tokens}"])
+        program = step_program(config, BASE, make_mesh(config.parallel, jax.devices()))
+        found[tokens] = compiled_cost(program.lower_sampler(), target, tokens - 1)
+        work[tokens] = found[tokens]["seconds"]
+    assert 0 < work[33] < work[65]
+    # A token attends to the room of all tokens: a little more in longer answers.
+    assert 2 <= (work[129] - work[65]) / (work[65] - work[33]) < 2.5
+    text = nnx.merge(program.graphdef, program.state.trainable, program.state.frozen).decoder.config
+    a_token = text.num_layers * 2 * text.num_kv_heads * text.head_dim * 4
+    grown = found[129]["bytes_temporaries"] - found[65]["bytes_temporaries"]
+    assert grown >= 64 * config.rollout.samples * a_token  # of the one row of a device
+    both = measure({"config": config.model_dump(mode="json"), "folder": str(BASE)}, target, jax.devices())
+    assert both["sampling"] == {"bytes_peak": found[129]["bytes_peak"], "seconds": work[129]}
+    assert both["bytes_peak"] >= found[129]["bytes_peak"]
+
+
+@pytest.mark.parametrize(
+    ("message", "gibibytes"),
+    [
+        ("XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 120.50G of 95.74G hbm.", 120.5),
+        ("Ran out of memory on HBM, the total memory required for HLO temporaries (195.50G) exceeds available", 195.5),
+        ("Mosaic failed to compile TPU kernel", None),
+    ],
+)
+def test_what_a_tpu_compiler_says_is_too_much(message, gibibytes):
+    assert needed_bytes(message) == (None if gibibytes is None else gibibytes * 2**30)
 
 
 @pytest.mark.heavy

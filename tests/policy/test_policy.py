@@ -22,6 +22,7 @@ from csp_jax.losses.logprobs import score
 from csp_jax.models.lora import LoraParam
 from csp_jax.models.registry import load_model
 from csp_jax.perturb import Schedule, to_canvas
+from csp_jax.plan.program import step_program
 from csp_jax.policy import Rollouts, batches_for, reference_log_probs, sample_seed
 from csp_jax.rewards import REWARDS
 from csp_jax.train.loop import Run, from_data, train
@@ -266,6 +267,27 @@ def test_all_alike_changes_nothing(ground, monkeypatch):
     assert float(metrics["loss"]) == 0
     after = jax.device_get(state.trainable)
     assert difference(after, before) == 0
+
+
+def described(tree: Any) -> list[tuple[Any, ...]]:
+    return [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("rows", [0, 8])
+def test_the_planned_sampler_is_the_one_that_runs(ground, monkeypatch, rows):
+    run = Run(config(ground, ground / "planned", rollout={"rows": rows}))
+    rollouts, given = Rollouts(run), []
+    sampler = rollouts._sampler
+
+    def watched(*arguments: Any) -> Any:
+        given.append(arguments)
+        return sampler(*arguments)
+
+    monkeypatch.setattr(rollouts, "_sampler", watched)
+    next(rollouts)
+    planned = step_program(run.config, run.source_folder, run.mesh).sampler_arguments()
+    assert len(given) == (1 if rows == 0 else 2)
+    assert all(described(one) == described(planned) for one in given)
 
 
 # --- the place in a run ----------------------------------------------------------------------------------------------
