@@ -53,9 +53,10 @@ def test_a_plan_is_of_a_shipped_configuration(row):
         assert row["bytes_optimizer"] < 8 * row["parameters"] / (sizes["fsdp"] * sizes["tensor"]) * 1.1
 
 
-def test_every_training_of_the_papers_has_a_plan_that_fits_on_eight_a100s():
-    """Full fine-tuning and adapters."""
-    planned = {row["config"] for row in ROWS if row["target"] == "a100-80g:1x8" and row["recommended"] and row["fits"]}
+@pytest.mark.parametrize("target", ["a100-80g:1x8", "a100-80g:8x8", "a100-80g:32x8", "v5p:4x4x4"])
+def test_every_training_of_the_papers_has_a_plan_that_fits(target):
+    """Full fine-tuning and adapters; SFT, SimPO and GRPO."""
+    planned = {row["config"] for row in ROWS if row["target"] == target and row["recommended"] and row["fits"]}
     assert planned == {f"{folder}/{file.stem}" for folder in PAPERS for file in (CONFIGS / folder).glob("*.yaml")}
 
 
