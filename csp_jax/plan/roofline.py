@@ -62,14 +62,34 @@ class Cost:
 def traffic_bytes(program: Program, instruction: Instruction, where: Computation) -> int:
     """Bytes that a kernel reads and writes; of an operand that is only sliced, its slices; in place, what changes."""
     inside = program.inner(instruction) if instruction.opcode == "fusion" else None
+    if inside is not None:
+        return sum(_read_inside(program, inside)) + max(instruction.bytes - _kept_inside(program, inside), 0)
+    if instruction.opcode in _IN_PLACE and len(instruction.operands) > 1:
+        return 2 * _changed(instruction, where)
+    if instruction.opcode in _SLICES:
+        return 2 * instruction.bytes
     operands = [where.by_name[name].bytes for name in instruction.operands if name in where.by_name]
-    if inside is None:
-        if instruction.opcode in _IN_PLACE and len(instruction.operands) > 1:
-            changed = where.by_name[instruction.operands[-1 if instruction.opcode == "scatter" else 1]].bytes
-            return 2 * changed
-        if instruction.opcode in _SLICES:
-            return 2 * instruction.bytes
-        return instruction.bytes + sum(operands)
+    return instruction.bytes + sum(operands)
+
+
+def _changed(instruction: Instruction, where: Computation) -> int:
+    """Bytes that an instruction in place writes."""
+    return where.by_name[instruction.operands[-1 if instruction.opcode == "scatter" else 1]].bytes
+
+
+def _kept_inside(program: Program, inside: Computation) -> int:
+    """Bytes of a fusion's results that stay as they are, in fusions within it too."""
+    kept = 0
+    for part in inside.instructions:
+        if part.opcode in _IN_PLACE and len(part.operands) > 1:
+            kept += max(part.bytes - _changed(part, inside), 0)
+        nested = program.inner(part) if part.opcode == "fusion" else None
+        kept += _kept_inside(program, nested) if nested else 0
+    return kept
+
+
+def _read_inside(program: Program, inside: Computation) -> list[int]:
+    """Bytes that a fusion reads of each of its parameters, by number; TPUs' slice them in fusions within fusions."""
     alias = {part.name: part.operands[0] for part in inside.instructions if part.opcode in _ALIASES}
 
     def origin(name: str) -> str:
@@ -77,22 +97,24 @@ def traffic_bytes(program: Program, instruction: Instruction, where: Computation
             name = alias[name]
         return name
 
-    read = 0
-    written = instruction.bytes
-    uses: dict[str, list[tuple[Instruction, int]]] = {}
+    parameters = sorted((p for p in inside.instructions if p.opcode == "parameter"), key=lambda p: p.parameter)
+    whole = {part.name: part.bytes for part in parameters}
+    read = dict.fromkeys(whole, 0)
+    used: set[str] = set()
     for part in inside.instructions:
-        if part.opcode not in _ALIASES:
-            for place, name in enumerate(part.operands):
-                uses.setdefault(origin(name), []).append((part, place))
-        if part.opcode in _IN_PLACE and len(part.operands) > 1:
-            whole, changed = part.bytes, inside.by_name[part.operands[-1 if part.opcode == "scatter" else 1]].bytes
-            written += min(changed - whole, 0)
-    for part in inside.instructions:
-        if part.opcode == "parameter":
-            users = uses.get(part.name, [])
-            partly = users and all(place == 0 and user.opcode in (*_SLICES, *_IN_PLACE) for user, place in users)
-            read += sum(user.bytes for user, _ in users if user.opcode in _SLICES) if partly else part.bytes
-    return read + max(written, 0)
+        nested = program.inner(part) if part.opcode == "fusion" else None
+        in_nested = _read_inside(program, nested) if nested else []
+        for place, name in enumerate(() if part.opcode in _ALIASES else map(origin, part.operands)):
+            if name not in whole:
+                continue
+            used.add(name)
+            if in_nested:
+                read[name] += in_nested[place]
+            elif place == 0 and part.opcode in _SLICES:
+                read[name] += part.bytes
+            elif place > 0 or part.opcode not in _IN_PLACE:
+                read[name] += whole[name]
+    return [min(read[name], size) if name in used else size for name, size in whole.items()]
 
 
 def wire_cost(instruction: Instruction, target: Target) -> tuple[int, float]:

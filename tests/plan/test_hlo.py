@@ -144,6 +144,47 @@ def test_a_kernel_reads_slices_and_writes_in_place():
     assert cost.seconds == pytest.approx(3 * 3e-6)  # three kernels, each too small to count
 
 
+NESTED = """HloModule nested
+
+%row (r1: s32[], r0: f32[10,100]) -> f32[1,100] {
+  %r1 = s32[] parameter(1)
+  %r0 = f32[10,100]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  ROOT %cut = f32[1,100]{1,0} dynamic-slice(%r0, %r1, %zero), dynamic_slice_sizes={1,100}
+}
+
+%put (t0: f32[10,100], t1: f32[1,100], t2: s32[]) -> f32[10,100] {
+  %t0 = f32[10,100]{1,0} parameter(0)
+  %t1 = f32[1,100]{1,0} parameter(1)
+  %t2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %u = f32[10,100]{1,0} dynamic-update-slice(%t0, %t1, %t2, %zero)
+}
+
+%outer (p2: f32[10,100], p0: f32[1,100], p1: s32[]) -> f32[10,100] {
+  %p2 = f32[10,100]{1,0} parameter(2)
+  %p0 = f32[1,100]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %cut = f32[1,100]{1,0} fusion(%p2, %p1), kind=kLoop, calls=%row
+  %sum = f32[1,100]{1,0} add(%cut, %p0)
+  ROOT %out = f32[10,100]{1,0} fusion(%p2, %sum, %p1), kind=kLoop, calls=%put
+}
+
+ENTRY %main (a: f32[10,100], b: f32[1,100], i: s32[]) -> f32[10,100] {
+  %a = f32[10,100]{1,0} parameter(0)
+  %b = f32[1,100]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %f = f32[10,100]{1,0} fusion(%b, %i, %a), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_fusions_within_fusions_slice_and_write_in_place_too():
+    """As TPUs' do: a row is read, another added to it, and the sum put in its place."""
+    program = parse(NESTED)
+    assert traffic_bytes(program, program.entry.by_name["f"], program.entry) == 400 + 400 + 4 + 400
+
+
 # --- the attention kernel ---------------------------------------------------------------------------------------------
 
 CALL = """HloModule kernel
