@@ -213,23 +213,33 @@ def kernel_flops(instruction: Instruction, where: Computation) -> float:
 
 
 def _convolution_flops(instruction: Instruction, where: Computation) -> float:
-    """TPUs write matrix products as convolutions; a batch axis is a window over zeros, of which one place counts."""
-    labels = instruction.attribute("dim_labels")
-    kernel = where.by_name.get(instruction.operands[1])
-    if labels is None or kernel is None:
+    """TPUs write matrix products as convolutions, whose windows mostly lie on padding and holes: only what falls on a
+    value counts."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if labels is None or any(name not in where.by_name for name in instruction.operands[:2]):
         return 0.0
-    sizes = kernel.arrays[0][1]
-    rhs = labels.split("_")[1].split("-")[0]
-    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
-    dilated = re.search(r"lhs_dilate=([\dx]+)", window.group(1)) if window else None
-    spread = [int(number) for number in dilated.group(1).split("x")] if dilated else []
-    count = 1
-    for label, size in zip(rhs, sizes):
-        if label.isdigit():
-            count *= 1 if spread and spread[int(label)] > 1 else size
-        elif label == "i":
-            count *= size
-    return 2.0 * math.prod(instruction.arrays[0][1]) * count
+    shapes = [where.by_name[name].arrays[0][1] for name in instruction.operands[:2]] + [instruction.arrays[0][1]]
+    left, right, out = (dict(zip(names, shape)) for names, shape in zip(labels.groups(), shapes))
+    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    window = dict(part.split("=") for part in found.group(1).split()) if found else {}
+    axes = sorted(label for label in out if label.isdigit())
+
+    def values(name: str, default: str) -> list[str]:
+        return window.get(name, "x".join([default] * len(axes))).split("x")
+
+    hits = 1
+    for axis, size, stride, pad, holes, reach in zip(
+        axes,
+        values("size", "1"),
+        values("stride", "1"),
+        values("pad", "0_0"),
+        values("lhs_dilate", "1"),
+        values("rhs_dilate", "1"),
+    ):
+        first = np.arange(out[axis])[:, None] * int(stride) - int(pad.split("_")[0])
+        at = first + np.arange(int(size)) * int(reach)
+        hits *= int(np.sum((at >= 0) & (at <= (left[axis] - 1) * int(holes)) & (at % int(holes) == 0)))
+    return 2.0 * out["b"] * out["f"] * right["i"] * hits
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:

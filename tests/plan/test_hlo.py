@@ -144,6 +144,54 @@ def test_a_kernel_reads_slices_and_writes_in_place():
     assert cost.seconds == pytest.approx(3 * 3e-6)  # three kernels, each too small to count
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "out", "attributes", "einsum"),
+    [
+        ("8,1632,3584", "3584,18944,1", "8,1632,18944", "window={size=1}, dim_labels=0bf_io0->0bf", "xqd,df->xqf"),
+        ("8,1632,64", "8,1632,96", "64,96,1", "window={size=8}, dim_labels=0fb_0io->bf0", "xqd,xqf->df"),
+        (
+            "1280,128,1",
+            "8,512,128",
+            "8,512,1280",
+            "window={size=8 pad=7_7 rhs_reversal=1}, dim_labels=bf0_0oi->0fb",
+            "fd,xqd->xqf",
+        ),
+        (
+            "8,512,16,80",
+            "8,512,16,80",
+            "8,16,512,512",
+            "window={size=8x16 stride=7x15 lhs_dilate=8x16}, dim_labels=0b1f_0o1i->01bf",
+            "bqgd,bkgd->bgqk",
+        ),
+        (
+            "8,1312,4,128,1",
+            "8,320,4,7,128",
+            "8,4,1312,320,7",
+            "window={size=8x4x7 stride=7x3x1 pad=0_0x0_0x6_6 lhs_dilate=8x4x1 rhs_reversal=0x0x1}, "
+            "dim_labels=0b1f2_0o12i->01bf2",
+            "bkgde,bqgrd->bgrqk",
+        ),
+    ],
+)
+def test_matrix_products_as_tpus_write_them(left, right, out, attributes, einsum):
+    """Batch axes and outer products are windows over padding and holes; the work is that of the einsum."""
+    text = f"""HloModule product
+
+ENTRY %main (a: bf16[{left}], b: bf16[{right}]) -> f32[{out}] {{
+  %a = bf16[{left}]{{0}} parameter(0)
+  %b = bf16[{right}]{{0}} parameter(1)
+  ROOT %c = f32[{out}]{{0}} convolution(%a, %b), {attributes}
+}}
+"""
+    program = parse(text)
+    sizes: dict[str, int] = {}
+    names = einsum.split("->")[0].split(",")
+    for letters, shape in zip(names, (left, right)):
+        sizes |= dict(zip(letters, (int(size) for size in shape.split(","))))
+    found = product_flops(program.entry.by_name["c"], program.entry)
+    assert found == 2 * np.prod([float(size) for size in sizes.values()])
+
+
 NESTED = """HloModule nested
 
 %row (r1: s32[], r0: f32[10,100]) -> f32[1,100] {
