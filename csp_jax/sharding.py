@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +124,12 @@ def layer_wrapper(mesh: Mesh, remat: Wrapper | None) -> Wrapper:
         return remat(split) if remat else split
 
     return wrap
+
+
+def device_bytes(values: Any, shardings: Any) -> int:
+    """What one device holds of arrays (or shapes) that are placed so."""
+    pairs = zip(jax.tree.leaves(values), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in pairs)
 
 
 def row_shards(mesh: Mesh) -> int:

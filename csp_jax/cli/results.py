@@ -51,11 +51,11 @@ def _without_nan(value: Any) -> Any:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="a run folder with results.json")]) -> None:
-    """Draw a run folder's page again."""
-    from csp_jax.report import build_report
+def report(run: Annotated[Path, typer.Argument(help="a run folder, or that of a training")]) -> None:
+    """Draw a run folder's page again: what results.json holds, or a training's metrics."""
+    from csp_jax.report import build_any_report
 
-    typer.echo(f"report: {build_report(run)}")
+    typer.echo(f"report: {build_any_report(run)}")
 
 
 @app.command()

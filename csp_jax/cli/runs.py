@@ -87,6 +87,8 @@ def train(config: Annotated[Path, typer.Argument(help="a training's YAML")], set
     """Train as a configuration says; the same command goes on after an interruption."""
     from csp_jax.config import TrainConfig, load_config
     from csp_jax.policy import batches_for
+    from csp_jax.report import build_training_report
+    from csp_jax.train.hosts import is_first
     from csp_jax.train.loop import train as run
 
     values = load_config(TrainConfig, config, settings or [])
@@ -96,7 +98,9 @@ def train(config: Annotated[Path, typer.Argument(help="a training's YAML")], set
         before = Path(chain[0][1].after)
         chain.insert(0, (before, load_config(TrainConfig, before)))
     for file, stage in chain:
-        typer.echo(f"{file}: {run(stage, title=file.stem, batches=batches_for(stage))}")
+        model = run(stage, title=file.stem, batches=batches_for(stage))
+        if is_first():
+            typer.echo(f"{file}: {model}, report: {build_training_report(model.parent)}")
 
 
 @app.command()

@@ -20,7 +20,7 @@ from csp_jax.models.interface import VisionLanguageModel
 from csp_jax.models.registry import abstract_model
 from csp_jax.policy import question_shape, sampling_for
 from csp_jax.rollout import sample_batch
-from csp_jax.sharding import batch_sharding, compile_step, state_shardings
+from csp_jax.sharding import batch_sharding, compile_step, device_bytes, state_shardings
 from csp_jax.train.configured import configured_step, make_optimizer
 from csp_jax.train.flops import update_flops
 from csp_jax.train.loop import batch_shape, wrap_model
@@ -75,17 +75,12 @@ class StepProgram:
     def bytes_a_device(self) -> dict[str, int]:
         """What a device holds of parameters, optimizer state and batch between two steps."""
         return {
-            "parameters": _shard_bytes(
+            "parameters": device_bytes(
                 (self.state.trainable, self.state.frozen), (self.shardings.trainable, self.shardings.frozen)
             ),
-            "optimizer": _shard_bytes(self.state.optimizer, self.shardings.optimizer),
-            "batch": _shard_bytes(self.window, jax.tree.map(lambda _: batch_sharding(self.mesh), self.window)),
+            "optimizer": device_bytes(self.state.optimizer, self.shardings.optimizer),
+            "batch": device_bytes(self.window, jax.tree.map(lambda _: batch_sharding(self.mesh), self.window)),
         }
-
-
-def _shard_bytes(values: Any, shardings: Any) -> int:
-    pairs = zip(jax.tree.leaves(values), jax.tree.leaves(shardings), strict=True)
-    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in pairs)
 
 
 def planned_model(config: TrainConfig, folder: Path) -> VisionLanguageModel:

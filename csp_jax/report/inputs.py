@@ -179,27 +179,37 @@ def load_loss_curves(train_dir: Path) -> list[LossCurve]:
 def _loss_curve(path: Path) -> LossCurve:
     seed = re.search(r"-seed(\d+)$", path.parent.name)
     recipe, _, stage = path.parent.name[: seed.start() if seed else None].partition("-")
-    steps: list[int] = []
-    losses: list[float] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    return curve_of(load_metrics(path), "loss", recipe, stage, int(seed[1]) if seed else None)
+
+
+def load_metrics(path: Path) -> list[Fields]:
+    """The lines of a metrics.jsonl; UserError names one that is broken."""
+    lines = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror})", file=path, mend="name the folder of a training") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            fields = Fields(json.loads(line), path, f"line {number}")
+            lines.append(Fields(json.loads(line), path, f"line {number}"))
         except ValueError as error:
             raise UserError(f"line {number} is not JSON ({error})", file=path, mend="remove the broken line") from error
-        # Lines that carry no loss (an evaluation in between) are none of this curve's points.
-        if "loss" in fields.content:
-            steps.append(fields.whole("step"))
-            losses.append(fields.number("loss"))
-    finite = [math.isfinite(loss) for loss in losses]
+    return lines
+
+
+def curve_of(lines: list[Fields], metric: str, recipe: str, stage: str, seed: int | None = None) -> LossCurve:
+    """A metric of the lines that have it."""
+    found = [(line.whole("step"), line.number(metric)) for line in lines if metric in line.content]
+    finite = [(step, value) for step, value in found if math.isfinite(value)]
     return LossCurve(
         recipe=recipe,
         stage=stage,
-        seed=int(seed[1]) if seed else None,
-        steps=tuple(step for step, keep in zip(steps, finite) if keep),
-        losses=tuple(loss for loss, keep in zip(losses, finite) if keep),
-        not_finite=finite.count(False),
+        seed=seed,
+        steps=tuple(step for step, _ in finite),
+        losses=tuple(value for _, value in finite),
+        not_finite=len(found) - len(finite),
     )
 
 

@@ -70,11 +70,12 @@ def build_report(run_dir: Path) -> Path:
         "seconds": sum(stage.seconds for stage in run.stages),
         "longest": max((stage.seconds for stage in run.stages), default=0.0),
     }
-    page = _environment().get_template("page.html").render(context)
-    return _write(run_dir / "report" / "index.html", page)
+    page = environment().get_template("page.html").render(context)
+    return write_page(run_dir / "report" / "index.html", page)
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Where the templates are, and what they may call."""
     environment = Environment(
         loader=PackageLoader("csp_jax.report"),
         autoescape=True,
@@ -100,7 +101,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _write(target: Path, page: str) -> Path:
+def write_page(target: Path, page: str) -> Path:
     """Write through a neighbour and rename, so that a reader never meets half a page."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")

@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, versions and devices, and what may change of it when the run goes on."""
+"""A run's folder: its configuration, versions, devices and layout, and what may change of it when the run goes on."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 
 import jax
 import yaml
+from jax.sharding import Mesh
 
 from csp_jax.config import TrainConfig, load_config
 from csp_jax.errors import UserError
+from csp_jax.sharding import device_bytes
+from csp_jax.train.state import TrainState
 
 # What a run may go on with: none of it changes what is computed but for rounding.
-MAY_CHANGE = ("run.", "parallel.", "model.dtype", "model.param_dtype", "model.remat", "model.attention")
+MAY_CHANGE = ("run.", "parallel.", "model.dtype", "model.param_dtype", "model.remat", "model.attention", "rollout.rows")
 PACKAGES = ("csp_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -47,6 +50,28 @@ def prepare_folder(config: TrainConfig) -> None:
     temporary = file.with_suffix(".partial")
     temporary.write_text(yaml.safe_dump(values, sort_keys=False))
     temporary.rename(file)
+
+
+def note_plan(out: Path, config: TrainConfig, mesh: Mesh, state: TrainState, shardings: TrainState) -> None:
+    """plan.json: how the run is laid out over its devices and what each holds between two updates, named as `csp plan`
+    names it."""
+    plan = {
+        "devices": mesh.size,
+        "strategy": config.parallel.strategy,
+        "mesh": dict(mesh.shape),
+        "batch": {"rows": config.batch.rows, "accumulation": config.batch.accumulation},
+        "remat": config.model.remat,
+        "attention": config.model.attention,
+        "parameters": _size((state.trainable, state.frozen)),
+        "parameters_trained": _size(state.trainable),
+        "bytes_parameters": device_bytes((state.trainable, state.frozen), (shardings.trainable, shardings.frozen)),
+        "bytes_optimizer": device_bytes(state.optimizer, shardings.optimizer),
+    }
+    (out / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def note_versions(out: Path) -> None:

@@ -45,7 +45,7 @@ from csp_jax.train import hosts
 from csp_jax.train.checkpoint import Checkpoints, export_adapter, export_model
 from csp_jax.train.configured import check_attention, check_heads, configured_step, make_optimizer
 from csp_jax.train.flops import UpdateFlops
-from csp_jax.train.folder import note_versions, prepare_folder
+from csp_jax.train.folder import note_plan, note_versions, prepare_folder
 from csp_jax.train.profile import ProfileWindow
 from csp_jax.train.rates import Rates, mesh_peak
 from csp_jax.train.state import TrainState, new_state, split_model
@@ -232,6 +232,8 @@ def say(text: str) -> None:
 def train_in(config: TrainConfig, final: Path, watch: Watch, title: str, batches: Batches) -> None:
     """The run itself, to its exported model."""
     run = Run(config)
+    if hosts.is_first():
+        note_plan(run.out, config, run.mesh, run.state, run.shardings)
     iterator = batches(run)
     checkpoints = Checkpoints(run.out / "checkpoints", config.run, say)
     watch.note("the restored checkpoint")

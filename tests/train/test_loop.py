@@ -236,6 +236,18 @@ def test_stopped_and_run_again_is_uninterrupted(ground, uninterrupted, stopped):
 
 
 @pytest.mark.slow
+def test_the_folder_says_how_the_run_is_laid_out(uninterrupted):
+    """One device holds everything: float32 parameters and two moments."""
+    plan = json.loads((uninterrupted / "plan.json").read_text())
+    sizes = [array.size for array in load_file(uninterrupted / "model" / "model.safetensors").values()]
+    assert plan["parameters"] == plan["parameters_trained"] == sum(sizes)
+    assert plan["bytes_parameters"] == 4 * sum(sizes)
+    assert 0 <= plan["bytes_optimizer"] - 8 * sum(sizes) < 100  # and its counters
+    assert (plan["devices"], plan["mesh"]) == (1, {"data": 1, "fsdp": 1, "tensor": 1})
+    assert plan["batch"] == {"rows": 2, "accumulation": 2}
+
+
+@pytest.mark.slow
 def test_a_finished_run_returns_at_once(ground, uninterrupted, monkeypatch):
     before = {file: file.stat().st_mtime_ns for file in uninterrupted.rglob("*") if file.name != "config.yaml"}
 
