@@ -237,12 +237,16 @@ def test_stopped_and_run_again_is_uninterrupted(ground, uninterrupted, stopped):
 
 @pytest.mark.slow
 def test_the_folder_says_how_the_run_is_laid_out(uninterrupted):
-    """One device holds everything: float32 parameters and two moments."""
+    """One device holds everything: float32 parameters, and two moments of what the model reads."""
     plan = json.loads((uninterrupted / "plan.json").read_text())
-    sizes = [array.size for array in load_file(uninterrupted / "model" / "model.safetensors").values()]
-    assert plan["parameters"] == plan["parameters_trained"] == sum(sizes)
-    assert plan["bytes_parameters"] == 4 * sum(sizes)
-    assert 0 <= plan["bytes_optimizer"] - 8 * sum(sizes) < 100  # and its counters
+    whole = sum(array.size for array in load_file(uninterrupted / "model" / "model.safetensors").values())
+    model = load_model(uninterrupted / "model")
+    paths = flat_paths(nnx.state(model)).items()
+    unused = sum(leaf.size for path, leaf in paths if path.startswith(tuple(model.unused)))
+    assert plan["parameters"] == whole
+    assert plan["parameters_trained"] == whole - unused
+    assert plan["bytes_parameters"] == 4 * whole
+    assert 0 <= plan["bytes_optimizer"] - 8 * (whole - unused) < 100  # and its counters
     assert (plan["devices"], plan["mesh"]) == (1, {"data": 1, "fsdp": 1, "tensor": 1})
     assert plan["batch"] == {"rows": 2, "accumulation": 2}
 
