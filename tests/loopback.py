@@ -18,20 +18,27 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def host_environments(count: int) -> list[dict[str, str]]:
+    """What each of so many processes has set; a single one is not joined with any other."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    alone = {**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    if count == 1:
+        return [alone]
+    pod = {**alone, "CSP_COORDINATOR": f"127.0.0.1:{free_port()}", "CSP_PROCESSES": str(count)}
+    return [{**pod, "CSP_PROCESS": str(number)} for number in range(count)]
+
+
 def csp_on_hosts(count: int, *arguments: object) -> list[str]:
     """Run `csp` with these arguments in so many processes at once; what each prints. All must succeed."""
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    pod = {"CSP_COORDINATOR": f"127.0.0.1:{free_port()}", "CSP_PROCESSES": str(count)}
-    environment = {**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", **pod}
     running = [
         subprocess.Popen(
             [sys.executable, "-c", CSP, *map(str, arguments)],
-            env={**environment, "CSP_PROCESS": str(number)},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(count)
+        for environment in host_environments(count)
     ]
     try:
         said = [process.communicate(timeout=1800) for process in running]
@@ -46,20 +53,16 @@ class Pod:
     """Processes of one run, started as `python SCRIPT CONFIG.yaml`; compiled programs are kept beside the run."""
 
     def __init__(self, script: Path, config: Path, out: Path, count: int):
-        self.script, self.config, self.out, self.count, port = script, config, out, count, free_port()
+        self.out, self.count = out, count
         self.logs = [out.with_suffix(f".{number}.log") for number in range(count)]
         self.processes = []
-        for number, log in enumerate(self.logs):
-            own = {"CSP_COORDINATOR": f"127.0.0.1:{port}", "CSP_PROCESSES": str(count), "CSP_PROCESS": str(number)}
-            self.processes.append(self._start(log, own if count > 1 else {}))
-
-    def _start(self, log: Path, own: dict[str, str]) -> subprocess.Popen[bytes]:
-        flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-        environment = {**os.environ, "XLA_FLAGS": " ".join(flags), "OMP_NUM_THREADS": "1", **own}
-        environment |= {"JAX_COMPILATION_CACHE_DIR": str(self.out.parent / "compiled"), "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, str(self.script), str(self.config)]
-        with log.open("a") as stream:
-            return subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        for log, environment in zip(self.logs, host_environments(count), strict=True):
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(out.parent / "compiled")
+            with log.open("a") as stream:
+                command = [sys.executable, str(script), str(config)]
+                self.processes.append(
+                    subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+                )
 
     def wait(self) -> list[int]:
         return [process.wait(timeout=600) for process in self.processes]
@@ -73,6 +76,6 @@ class Pod:
 
     def wait_for_step(self, step: int) -> None:
         metrics = self.out / "metrics.jsonl"
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+        while not metrics.exists() or metrics.read_text().count("\n") < step:
             assert all(process.poll() is None for process in self.processes), self.said()
             time.sleep(0.02)

@@ -99,8 +99,10 @@ def train(config: Annotated[Path, typer.Argument(help="a training's YAML")], set
         chain.insert(0, (before, load_config(TrainConfig, before)))
     for file, stage in chain:
         model = run(stage, title=file.stem, batches=batches_for(stage))
-        if is_first():
-            typer.echo(f"{file}: {model}, report: {build_training_report(model.parent)}")
+        if not is_first():
+            continue
+        measured = (model.parent / "metrics.jsonl").exists()  # of an earlier training the model may be all that is left
+        typer.echo(f"{file}: {model}" + (f", report: {build_training_report(model.parent)}" if measured else ""))
 
 
 @app.command()
